@@ -1,0 +1,275 @@
+"""Run records: the whole truth of one run, for every verb. No torch here.
+
+A record is what the command line fills, what a recipe file holds, what a job takes, and what is written
+beside the results. The text under a field is its help on the command line. In `TrainRun`, `None` (or an
+empty tuple) means that the plan chooses by model and data, and says so; a value given is never changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Precision = Literal["auto", "fp32", "bf16"]
+Format = Literal["table", "json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRun:
+    """Train a model on a folder, archive or table of images."""
+
+    data: tuple[str, ...]
+    """Training images: folders, .zip or .tar archives, a .csv (image_path,label), or the word digits."""
+    val: tuple[str, ...] = ()
+    """Validation images, when they do not lie beside the training images as val/ or test/."""
+    val_share: float = 0.1
+    """Share of the training images kept for validation when there are none (0 = no validation)."""
+    output: str | None = None
+    """Run folder; by default runs/DATA-MODEL."""
+    resume: str = "auto"
+    """auto goes on where the run folder stands, none starts anew, a checkpoint folder starts from there."""
+    recipe: str | None = None
+    """A recipe: a TOML file, or the name of one that comes with vitrail; flags win over it."""
+
+    model: str | None = None
+    """Name of the network (see vitrail models)."""
+    pretrained: str | None = None
+    """Model folder or weight file to start from; the head is replaced when the classes differ."""
+    img_size: tuple[int, ...] = ()
+    """Image size in pixels: one number, or rows and columns."""
+    model_kwargs: tuple[str, ...] = ()
+    """Fields of the network's config, as NAME=VALUE: patch_size=4 width=192."""
+    drop_path: float | None = None
+    """Largest rate of stochastic depth, 0..1."""
+    freeze: Literal["none", "backbone"] = "none"
+    """backbone trains only the head: a linear probe."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+    epochs: int | None = None
+    """Passes over the training images."""
+    steps: int | None = None
+    """Optimiser steps, instead of epochs."""
+    batch_size: int | None = None
+    """Images in one step over all processes, before accumulation."""
+    grad_accum_steps: int = 1
+    """Batches whose gradients are added up before one optimiser step."""
+    opt: Literal["adamw", "sgd", "muon"] | None = None
+    """Optimiser."""
+    lr: float | None = None
+    """Peak learning rate."""
+    weight_decay: float | None = None
+    """Weight decay; biases, norms, positions and tokens are left out."""
+    momentum: float | None = None
+    """Momentum of SGD and Muon."""
+    betas: tuple[float, float] | None = None
+    """The two averaging rates of AdamW."""
+    layer_decay: float | None = None
+    """Factor on the learning rate for every block further from the head (1 = none)."""
+    sched: Literal["cosine", "linear", "constant", "step"] | None = None
+    """Course of the learning rate after warm-up."""
+    warmup_epochs: float | None = None
+    """Epochs of linear warm-up."""
+    min_lr: float | None = None
+    """Learning rate at the end of the course."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient (0 = no clipping)."""
+    smoothing: float | None = None
+    """Label smoothing, 0..1."""
+    model_ema: float | None = None
+    """Decay of the averaged weights that are evaluated and saved, such as 0.999 (0 = none)."""
+
+    crop: Literal["resized", "pad", "none"] | None = None
+    """Training crop: random resized crop, pad and crop (small images), or none."""
+    scale: tuple[float, float] | None = None
+    """Smallest and largest share of the picture in a random resized crop."""
+    hflip: float | None = None
+    """Probability of a left-right flip."""
+    aa: Literal["none", "rand", "trivial", "three"] | None = None
+    """Augmentation policy: RandAugment, TrivialAugment, or 3-Augment (DeiT III)."""
+    color_jitter: float | None = None
+    """Strength of colour jitter, 0..1."""
+    reprob: float | None = None
+    """Probability of random erasing."""
+    mixup: float | None = None
+    """Alpha of mixup (0 = none)."""
+    cutmix: float | None = None
+    """Alpha of cutmix (0 = none)."""
+    aug_repeats: int = 1
+    """Views of each image in an epoch (repeated augmentation)."""
+
+    eval_every: float = 1.0
+    """Epochs between evaluations."""
+    save_every: float = 1.0
+    """Epochs between checkpoints."""
+    keep: int = 2
+    """Checkpoints that are kept, beside the best."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better result."""
+    max_bad_share: float = 0.005
+    """Share of unreadable training images above which the run stops."""
+
+    seed: int = 0
+    """Seed of everything random."""
+    deterministic: bool = False
+    """The same bits at every repeat, at some cost in speed."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    precision: Precision = "auto"
+    """auto takes bf16 where the chip computes in it."""
+    compile: bool = False
+    """Compile the network's blocks with torch.compile."""
+    shard: bool = False
+    """Shard weights, gradients and optimiser over the processes (FSDP2)."""
+    workers: int | None = None
+    """Processes that load images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRun:
+    """Score a model on labelled images."""
+
+    model: str
+    """Model folder, or run folder."""
+    data: tuple[str, ...]
+    """Labelled images: folders, archives, a .csv, or the word digits."""
+    split: Literal["auto", "train", "val", "test"] = "auto"
+    """Which part of the data; auto takes val, else test, else everything."""
+    output: str | None = None
+    """Folder for report.json, the confusion matrix and the worst mistakes; by default inside the model's run."""
+    format: Format = "table"
+    """How the result is printed."""
+    batch_size: int = 64
+    """Images in one batch."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    precision: Precision = "auto"
+    """auto takes bf16 where the chip computes in it."""
+    workers: int | None = None
+    """Processes that load images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictRun:
+    """Say what is in images."""
+
+    model: str
+    """Model folder, or run folder."""
+    images: tuple[str, ...]
+    """Image files, folders of them, or patterns."""
+    top_k: int = 5
+    """Classes named for each image."""
+    format: Literal["table", "json", "jsonl", "csv"] = "table"
+    """How the result is printed."""
+    output: str | None = None
+    """File for the result, instead of the terminal."""
+    batch_size: int = 32
+    """Images in one batch."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    precision: Precision = "auto"
+    """auto takes bf16 where the chip computes in it."""
+    workers: int | None = None
+    """Processes that load images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TraceRun:
+    """Show how one image becomes a prediction, step by step."""
+
+    model: str
+    """Model folder, run folder, or the name of a network (random weights then)."""
+    image: str
+    """The image file."""
+    output: str | None = None
+    """Folder for trace.png and trace.html; by default trace/IMAGE."""
+    format: Format = "table"
+    """How the steps are printed."""
+    top_k: int = 5
+    """Classes shown at the end."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertRun:
+    """Bring weights from one layout into another."""
+
+    source: str
+    """Model folder or weight file of any layout that vitrail recognises."""
+    target: str
+    """Where the result goes: a folder, or a .safetensors file."""
+    layout: str = "vitrail"
+    """Layout of the result: vitrail (a model folder), timm, transformers ..."""
+    model: str | None = None
+    """Name of the network, when the weights alone do not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCheckRun:
+    """Look for what is wrong with a data set before it is trained on."""
+
+    data: tuple[str, ...]
+    """Training images: folders, archives, a .csv, or the word digits."""
+    val: tuple[str, ...] = ()
+    """Validation images, when they do not lie beside the training images."""
+    output: str | None = None
+    """Folder for report.json and the contact sheet; by default data-check."""
+    format: Format = "table"
+    """How the result is printed."""
+    workers: int | None = None
+    """Processes that read images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsRun:
+    """List the networks: parameters, GFLOPs, input size."""
+
+    pattern: str = "*"
+    """Which names: a shell pattern such as vit_*_384, or a part of the name."""
+    format: Format = "table"
+    """How the list is printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoRun:
+    """Show the card of a network, a model folder or a weight file."""
+
+    model: str
+    """Name of a network, model folder, run folder, or weight file of any known layout."""
+    format: Format = "table"
+    """How the card is printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorRun:
+    """Check the installation; name each problem with its cure."""
+
+    format: Format = "table"
+    """How the findings are printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchRun:
+    """Measure a network's speed, memory, parameters and FLOPs."""
+
+    model: str
+    """Name of a network, or a model folder."""
+    mode: Literal["both", "train", "inference"] = "both"
+    """What is measured."""
+    batch_size: int = 16
+    """Images in one batch."""
+    img_size: tuple[int, ...] = ()
+    """Image size in pixels: one number, or rows and columns; by default the network's own."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto takes bf16 where the chip computes in it."""
+    peers: bool = False
+    """Measure timm's and transformers' network of the same shape in the same run, in turns."""
+    repeats: int = 10
+    """Timed rounds; best and median are printed."""
+    compile: bool = False
+    """Compile the networks with torch.compile."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    format: Format = "table"
+    """How the result is printed."""
