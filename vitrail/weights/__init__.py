@@ -1,0 +1,1 @@
+"""Weights: state dicts in, state dicts out; knows no network class."""
