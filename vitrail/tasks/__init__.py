@@ -1,0 +1,1 @@
+"""What an output means: loss, decode, metrics. No network lives here."""
