@@ -1,0 +1,1 @@
+"""Networks: one family, one file; `registry` finds them by name."""

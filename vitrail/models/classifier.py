@@ -1,0 +1,138 @@
+"""A classifier: a backbone that turns images into tokens, and a head that turns tokens into logits.
+
+Every classification family is built into this one class; what differs between papers is the parts handed in.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.nn.heads import ClassHead, DistilledHead
+from vitrail.nn.shapes import ClassOutput, Features, Grid, Level
+from vitrail.nn.trunk import Stage, Trunk
+from vitrail.weights.card import Card
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from vitrail.weights.adapter import Receipt
+
+UNDECAYED = (".positions.", ".prefix.", "relative_")
+"""Parts of the names of parameters that weight decay leaves alone whatever their rank: places and tokens."""
+
+
+class Classifier(nn.Module):
+    """Images `[B, C, I, J]`, normalised as `card.preprocessing` says, to class logits `[B, K]`."""
+
+    name: str = ""
+    family: str = ""
+    config: Any = None
+    card: Card
+    receipt: Receipt | None = None
+
+    def __init__(self, backbone: Trunk, head: ClassHead | DistilledHead) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Float[Tensor, "B C I J"]) -> Tensor | ClassOutput:
+        """Logits `[B, K]`; a distilled model that trains against a teacher gives both heads' (ClassOutput)."""
+        tokens, grid = self.backbone.tokens(images)
+        out: Tensor | ClassOutput = self.head(tokens, grid)
+        return out
+
+    def forward_features(self, images: Float[Tensor, "B C I J"]) -> Float[Tensor, "B N D"]:
+        """The last stage's tokens after its norm, prefix first."""
+        return self.backbone.tokens(images)[0]
+
+    def forward_head(
+        self, tokens: Float[Tensor, "B N D"], pre_logits: bool = False, grid: Grid | None = None
+    ) -> Tensor | ClassOutput:
+        """Logits from `forward_features`' tokens, or the pooled vector `[B, D]`.
+
+        `grid` is needed where tokens are averaged and a prefix stands in front of them; left out, the grid is
+        that of the image size the model was built for.
+        """
+        grid = self.grid if grid is None else grid
+        out: Tensor | ClassOutput = self.head.pool(tokens, grid) if pre_logits else self.head(tokens, grid)
+        return out
+
+    def features(self, images: Float[Tensor, "B C I J"]) -> Features:
+        """Maps from fine to coarse and the prefix tokens, for dense use; `levels` says channels and strides."""
+        out: Features = self.backbone(images)
+        return out
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return self.backbone.levels
+
+    @property
+    def grid(self) -> Grid:
+        """The last stage's grid at the image size that the model was built for."""
+        rows, columns = self.config.img_size
+        stride = self.levels[-1].stride
+        return Grid(-(-rows // stride), -(-columns // stride))
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.config.num_classes)
+
+    @property
+    def depth(self) -> int:
+        """Blocks in all stages together."""
+        return sum(len(stage.blocks) for stage in self._stages())
+
+    def depth_of(self, name: str) -> int:
+        """How deep a parameter lies: 0 for what stands before the first block, 1 to `depth` for blocks (and for
+        what stands before them in later stages), `depth` + 1 for the head. For layer-wise learning rates."""
+        found = re.match(r"backbone\.stages\.(\d+)\.(entry|blocks\.(\d+)|norm)", name)
+        if found is None:
+            return self.depth + 1 if name.startswith("head.") else 0
+        stage = int(found[1])
+        before = sum(len(earlier.blocks) for earlier in self._stages()[:stage])
+        if found[3] is not None:
+            return before + int(found[3]) + 1
+        if found[2] == "entry":
+            return before + 1 if stage else 0
+        return before + len(self._stages()[stage].blocks)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay should leave alone besides those of rank 1: places and tokens."""
+        return {name for name, _ in self.named_parameters() if any(part in f".{name}" for part in UNDECAYED)}
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head.classifier
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new last layer for other classes; everything before it keeps its weights."""
+        import dataclasses
+
+        self.head.reset(num_classes)
+        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.card = dataclasses.replace(
+            self.card, labels=None, config={**self.card.config, "num_classes": num_classes}
+        )
+
+    def set_grad_checkpointing(self, on: bool = True) -> None:
+        """Recompute each block's activations in the backward pass: less memory for a third more time."""
+        for stage in self._stages():
+            stage.recompute = on
+
+    def set_distilled_training(self, on: bool = True) -> None:
+        """Whether a model with a distillation head gives both heads' logits while it trains."""
+        if isinstance(self.head, DistilledHead):
+            self.head.separate = on
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model folder: config.json, model.safetensors, preprocessor_config.json and README.md."""
+        from vitrail.models.loading import save_model
+
+        save_model(self, folder)
+
+    def _stages(self) -> list[Stage]:
+        return list(self.backbone.stages)  # type: ignore[arg-type]

@@ -1,0 +1,180 @@
+"""The table of families, and models by name.
+
+A family is a module with six names: `Config`, `build`, `VARIANTS`, `TINY`, `CARDS`, `RENAMES`. Packages outside
+vitrail bring their own: `create_model("their_package.their_module:variant")`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import importlib
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from vitrail import config as records
+from vitrail.errors import ConfigError, ModelError, suggestion
+from vitrail.weights.card import Card
+
+FAMILIES: dict[str, str] = {
+    # family   module
+    "vit":     "vitrail.models.vit",
+}  # fmt: skip
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted."""
+    names = [name for family in FAMILIES for name in _module(family).VARIANTS]
+    return sorted(name for name in names if fnmatch.fnmatch(name, pattern) or pattern in name)
+
+
+def is_model(name: str) -> bool:
+    """Whether `create_model` knows the name."""
+    return any(_bare(name) in _module(family).VARIANTS for family in _likely(name))
+
+
+def family_of(name: str) -> ModuleType:
+    """The family module that has a variant of this name. Raises ModelError with near matches."""
+    if ":" in name:
+        return _outside(name.partition(":")[0])
+    for family in _likely(name):
+        if _bare(name) in _module(family).VARIANTS:
+            return _module(family)
+    raise ModelError(
+        f"There is no model {name!r}.{suggestion(_bare(name), list_models())} `vitrail models` lists them all."
+    )
+
+
+def family_name(module: ModuleType) -> str:
+    """The key in FAMILIES of a family module; an outside module goes by its own name."""
+    return next((family for family, path in FAMILIES.items() if path == module.__name__), module.__name__)
+
+
+def variant(name: str, **changes: Any) -> Any:
+    """The configuration of a variant, with some fields changed. Raises ModelError on unknown names and fields."""
+    return changed(family_of(name).VARIANTS[_bare(name)], **changes)
+
+
+def changed(config: Any, **changes: Any) -> Any:
+    """A family's configuration with some fields changed; one number stands for a square size."""
+    hints = typing.get_type_hints(type(config))
+    values = {
+        field: (value, value) if isinstance(value, int) and _is_pair(hints.get(field)) else value
+        for field, value in changes.items()
+    }
+    try:
+        return records.override(config, values)
+    except ConfigError as error:
+        raise ModelError(str(error)) from None
+
+
+def create_model(
+    name: str,
+    pretrained: bool | str | Path = False,
+    *,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
+    **changes: Any,
+) -> nn.Module:
+    """Build a model by name, and load weights into it where a path is given.
+
+    name: a variant (`list_models()`), with or without a `.tag`, or `package.module:variant`.
+    pretrained: a model folder or a weight file in any published layout of the family; True takes the weights
+        that ship with vitrail. The receipt of what was loaded is the model's `receipt`.
+    num_classes, img_size, in_chans, changes: replace fields of the variant's Config. Where the classes differ from
+        the file's, the last layer is new; positions are resampled to the grid.
+
+    Raises ModelError on unknown names, fields and illegal combinations, WeightsError on files that do not fit.
+    """
+    family = family_of(name)
+    asked = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    changes |= {field: value for field, value in asked.items() if value is not None}
+    config = variant(name, **changes)
+    path = _shipped(name) if pretrained is True else pretrained
+    if path and num_classes is None:
+        config = _classes_of(family, config, path)
+    model = from_config(name, config)
+    if path:
+        from vitrail.models.loading import load_pretrained
+
+        load_pretrained(model, path, replace_head=num_classes is not None)
+    return model
+
+
+def from_config(name: str, config: Any) -> nn.Module:
+    """The network of a configuration, with name, family, configuration and card attached."""
+    module = family_of(name)
+    model: nn.Module = module.build(config)
+    model.name, model.family, model.config = _bare(name), family_name(module), config
+    model.card = default_card(name, config)
+    return model
+
+
+def from_pretrained(folder: str | Path) -> nn.Module:
+    """The model of a folder that vitrail saved, ready to use (evaluation mode)."""
+    from vitrail.models.loading import load_folder
+
+    return load_folder(folder)
+
+
+def default_card(name: str, config: Any) -> Card:
+    """The variant's card, brought to a configuration's size, channels and classes."""
+    bare = _bare(name)
+    card: Card = family_of(name).CARDS.get(bare, Card(architecture=bare))
+    if config.in_chans == card.preprocessing.in_chans:
+        mean, std = card.preprocessing.mean, card.preprocessing.std
+    else:
+        mean, std = (0.5,) * config.in_chans, (0.5,) * config.in_chans
+    preprocessing = dataclasses.replace(
+        card.preprocessing, input_size=config.img_size, in_chans=config.in_chans, mean=mean, std=std
+    )
+    return dataclasses.replace(
+        card, architecture=bare, preprocessing=preprocessing, config=records.to_dict(config)
+    )
+
+
+def _classes_of(family: ModuleType, config: Any, path: str | Path) -> Any:
+    """The configuration with as many classes as the file's head has, since nobody asked for another number."""
+    from vitrail.models.loading import classes_in
+
+    count = classes_in(family, config, path)
+    return config if count is None else changed(config, num_classes=count)
+
+
+def _shipped(name: str) -> Path:
+    raise ModelError(
+        f"No weights of {name} ship with vitrail. Give a model folder or a weight file: pretrained='PATH'."
+    )
+
+
+def _bare(name: str) -> str:
+    """The variant's name without its tag or its package."""
+    return name.rpartition(":")[2].partition(".")[0]
+
+
+def _likely(name: str) -> Iterator[str]:
+    """Families, those whose name begins the model's name first, so that most look-ups import one module."""
+    yield from sorted(FAMILIES, key=lambda family: not name.startswith(family))
+
+
+def _module(family: str) -> ModuleType:
+    return importlib.import_module(FAMILIES[family])
+
+
+def _outside(path: str) -> ModuleType:
+    try:
+        return importlib.import_module(path)
+    except ImportError as error:
+        raise ModelError(f"The package of {path!r} cannot be imported: {error}.") from None
+
+
+def _is_pair(hint: Any) -> bool:
+    return typing.get_origin(hint) is tuple and typing.get_args(hint) == (int, int)
+
+

@@ -1,0 +1,106 @@
+"""Multi-head attention (Vaswani et al. 2017, section 3.2; ViT, appendix A).
+
+A mixer is called with tokens and their grid and returns tokens of the same shape. A mixer whose
+weights can be written down also answers
+
+    weights(tokens, grid) -> [B, H, N, M]     rows sum to one
+    mix(weights, tokens, grid) -> [B, N, D]   so that forward(x, g) == mix(weights(x, g), x, g)
+
+which explanations call; the fast path below never builds more than it needs.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.errors import ModelError
+from vitrail.nn.shapes import Grid
+
+
+def attend(
+    queries: Float[Tensor, "*B N E"],
+    keys: Float[Tensor, "*B M E"],
+    values: Float[Tensor, "*B M V"],
+    scale: float,
+    bias: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "*B N V"]:
+    """softmax(queries keysᵀ · scale + bias) values, by the kernel that suits the device.
+
+    On a CPU and at picture lengths two plain matrix products beat the fused call in training and match it in
+    inference (docs/log.md), and they export with free sizes; a GPU takes the fused kernels.
+    """
+    if queries.is_cuda:
+        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale)
+    weights = attention_weights(queries, keys, scale, bias)
+    return (F.dropout(weights, dropout) if dropout else weights) @ values
+
+
+def attention_weights(
+    queries: Float[Tensor, "*B N E"], keys: Float[Tensor, "*B M E"], scale: float, bias: Tensor | None = None
+) -> Float[Tensor, "*B N M"]:
+    """softmax(queries keysᵀ · scale + bias) over the keys."""
+    scores = (queries * scale) @ keys.transpose(-2, -1)
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+
+
+class Attention(nn.Module):
+    """Global multi-head self-attention over all tokens.
+
+    `inner` is the width that the heads share among themselves (default: the token width); `scale` defaults to
+    the head width to the power -1/2. `qk_norm` puts a layer norm on each head's queries and keys (ViT-22B).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        inner: int | None = None,
+        scale: float | None = None,
+        qkv_bias: bool = True,
+        qk_norm: bool = False,
+        eps: float = 1e-6,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        inner = width if inner is None else inner
+        if inner % heads:
+            raise ModelError(f"The width of attention must be a multiple of its heads; got {inner} and {heads} heads.")
+        self.heads, self.scale = heads, (inner // heads) ** -0.5 if scale is None else scale
+        self.attention_dropout = attention_dropout
+        self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(inner // heads, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(inner // heads, eps=eps) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(inner, inner)
+        self.dropout = nn.Dropout(dropout)
+
+    def project(self, tokens: Float[Tensor, "B N D"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, H, N, E]."""
+        batch, count, _ = tokens.shape
+        joint = self.qkv(tokens).view(batch, count, 3, self.heads, -1)  # [B, N, 3, H, E]
+        queries, keys, values = joint.permute(2, 0, 3, 1, 4).unbind(0)  # three of [B, H, N, E]
+        return self.q_norm(queries), self.k_norm(keys), values
+
+    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B N V"]:
+        queries, keys, values = self.project(tokens)
+        dropout = self.attention_dropout if self.training else 0.0
+        return self.merge(attend(queries, keys, values, self.scale, dropout=dropout))
+
+    def weights(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B H N N"]:
+        queries, keys, _ = self.project(tokens)
+        return attention_weights(queries, keys, self.scale)
+
+    def mix(
+        self, weights: Float[Tensor, "B H N N"], tokens: Float[Tensor, "B N D"], grid: Grid | None = None
+    ) -> Float[Tensor, "B N V"]:
+        return self.merge(weights @ self.project(tokens)[2])
+
+    def merge(self, heads: Float[Tensor, "B H N E"]) -> Float[Tensor, "B N V"]:
+        """Heads side by side, then the output projection."""
+        out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, N, H * E]
+        return out

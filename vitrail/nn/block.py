@@ -1,0 +1,120 @@
+"""The encoder block: a mixer and an MLP, each with a norm, a residual, layer scale and drop path.
+
+    pre        x = x + s(f(norm(x)))      ViT and nearly everything after it (Wang et al. 1906.01787)
+    post       x = norm(x + s(f(x)))      the original Transformer (Vaswani et al. 2017)
+    res-post   x = x + norm(f(x))         Swin v2
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.nn.shapes import Grid
+
+NormOrder = Literal["pre", "post", "res-post"]
+
+
+class DropPath(nn.Module):
+    """Drops a whole residual branch for a share of the samples while training (stochastic depth, 1603.09382)."""
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Float[Tensor, "B *rest"]) -> Float[Tensor, "B *rest"]:
+        if not self.training or self.rate == 0.0:
+            return branch
+        keep = 1.0 - self.rate
+        mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
+        return branch * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class LayerScale(nn.Module):
+    """One learned factor a channel, small at the start (CaiT, 2103.17239 section 2)."""
+
+    def __init__(self, width: int, value: float) -> None:
+        super().__init__()
+        self.value = value
+        self.gamma = nn.Parameter(torch.full((width,), value))
+
+    def forward(self, branch: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
+        return branch * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between them, applied to every token alone."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        out: int | None = None,
+        dropout: float = 0.0,
+        gelu: Literal["exact", "tanh"] = "exact",
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate="none" if gelu == "exact" else "tanh")
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(hidden, width if out is None else out)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B N V"]:
+        out: Tensor = self.dropout(self.fc2(self.dropout(self.act(self.fc1(tokens)))))
+        return out
+
+
+class Block(nn.Module):
+    """Norm, mixer, norm, MLP. Both mixer and MLP are called with tokens and their grid.
+
+    `mlp` is a hidden width, or a module where a paper puts something else in its place (PVT v2).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixer: nn.Module,
+        mlp: int | nn.Module,
+        *,
+        order: NormOrder = "pre",
+        eps: float = 1e-6,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+        gelu: Literal["exact", "tanh"] = "exact",
+    ) -> None:
+        super().__init__()
+        self.order = order
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.mixer = mixer
+        self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, mlp, dropout=dropout, gelu=gelu) if isinstance(mlp, int) else mlp
+        self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
+        if self.order == "pre":
+            tokens = tokens + self.drop_path(self.scale1(self.mixer(self.norm1(tokens), grid)))
+            tokens = tokens + self.drop_path(self.scale2(self.mlp(self.norm2(tokens), grid)))
+        elif self.order == "post":
+            tokens = self.norm1(tokens + self.drop_path(self.scale1(self.mixer(tokens, grid))))
+            tokens = self.norm2(tokens + self.drop_path(self.scale2(self.mlp(tokens, grid))))
+        else:
+            tokens = tokens + self.drop_path(self.scale1(self.norm1(self.mixer(tokens, grid))))
+            tokens = tokens + self.drop_path(self.scale2(self.norm2(self.mlp(tokens, grid))))
+        return tokens
+
+
+def drop_path_rates(rate: float, depth: int, shape: Literal["linear", "constant"] = "linear") -> list[float]:
+    """The rate of each block: from 0 to `rate` evenly (the usual), or the same everywhere (DeiT III, CaiT)."""
+    if shape == "constant" or depth == 1:
+        return [rate] * depth
+    return [rate * index / (depth - 1) for index in range(depth)]

@@ -1,0 +1,128 @@
+"""Entries: what happens before the blocks of a stage.
+
+An entry is called with (map, prefix) and returns (map, prefix). Patch embedding, positions, class tokens,
+merging and pooling are all entries, and they chain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.errors import ModelError
+
+Map = Float[Tensor, "B _ _ _"]
+Prefix = Float[Tensor, "B _ _"] | None
+
+
+class Chain(nn.Module):
+    """Entries one after the other, each under its own name: `Chain(patches=..., positions=...)`."""
+
+    def __init__(self, **entries: nn.Module) -> None:
+        super().__init__()
+        for name, entry in entries.items():
+            self.add_module(name, entry)
+
+    def forward(self, map: Map, prefix: Prefix) -> tuple[Map, Prefix]:
+        for entry in self.children():
+            map, prefix = entry(map, prefix)
+        return map, prefix
+
+
+class Patchify(nn.Module):
+    """Cut the map into patches, flatten each, project it to the width (ViT, equation 1).
+
+    One convolution whose kernel equals its stride is the same as unfold and linear: 16 x 16 x 3 = 768 numbers
+    a patch become `width`. Raises ModelError where the patch does not divide the image.
+    """
+
+    def __init__(
+        self, channels: int, width: int, patch: tuple[int, int], *, bias: bool = True, norm: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch, bias=bias)
+        self.norm = nn.Identity() if norm is None else norm
+
+    def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
+        check_divides(map.shape[2], map.shape[3], self.patch)
+        tokens = self.proj(map).permute(0, 2, 3, 1)  # [B, h, w, D]
+        return self.norm(tokens).permute(0, 3, 1, 2), prefix  # [B, D, h, w]
+
+
+def check_divides(rows: int, columns: int, patch: tuple[int, int]) -> None:
+    """Raise ModelError that names the nearest legal sizes unless the patch divides the image."""
+    for name, size, step in (("height", rows, patch[0]), ("width", columns, patch[1])):
+        if size % step:
+            below, above = size // step * step, (size // step + 1) * step
+            near = f"{below} or {above}" if below else f"{above}"
+            raise ModelError(
+                f"An image {name} must be a multiple of the patch's {step}; got {size}. The nearest legal: {near}."
+            )
+
+
+class ConvStem(nn.Module):
+    """Strided 3 x 3 convolutions in place of one patch projection (Xiao et al. 2021, 2106.14881).
+
+    Each halves the map, with batch norm and ReLU, until one cell is a patch; a 1 x 1 convolution ends it.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        steps = patch.bit_length() - 1
+        if 2**steps != patch or steps < 1:
+            raise ModelError(f"A convolutional stem needs a patch of 2, 4, 8, 16 or 32; got {patch}.")
+        self.patch = (patch, patch)
+        layers: list[nn.Module] = []
+        before = channels
+        for step in range(steps):
+            after = max(width // 2 ** (steps - 1 - step), 24)
+            layers += [
+                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+            ]
+            before = after
+        self.layers = nn.Sequential(*layers, nn.Conv2d(before, width, 1))
+
+    def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
+        check_divides(map.shape[2], map.shape[3], self.patch)
+        return self.layers(map), prefix
+
+
+class PrefixTokens(nn.Module):
+    """Put learned tokens in front of the sequence: [CLS], a distillation token, registers.
+
+    The tokens are handed over by name and stand in that order; a name with several rows is several tokens.
+    """
+
+    def __init__(self, width: int, **counts: int) -> None:
+        super().__init__()
+        self.names = tuple(counts)
+        for name, count in counts.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(1, count, width)))
+
+    def forward(self, map: Map, prefix: Prefix) -> tuple[Map, Prefix]:
+        tokens = torch.cat([getattr(self, name) for name in self.names], dim=1)  # [1, P, D]
+        tokens = tokens.expand(map.shape[0], -1, -1)  # [B, P, D]
+        return map, tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+class DropTokens(nn.Module):
+    """Dropout on map and prefix (after the positions, in the original ViT), where no position entry does it."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(rate)
+
+    def forward(self, map: Map, prefix: Prefix) -> tuple[Map, Prefix]:
+        return self.dropout(map), None if prefix is None else self.dropout(prefix)
+
+
+def patch_grid(img_size: Sequence[int], patch: Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of the patch grid. Raises ModelError where the patch does not divide the image."""
+    check_divides(img_size[0], img_size[1], (patch[0], patch[1]))
+    return img_size[0] // patch[0], img_size[1] // patch[1]

@@ -1,0 +1,78 @@
+"""Initial distributions, one function per paper's table; each fills every parameter of a model by name and kind.
+
+All draw from torch's default generator, so `torch.manual_seed` before building makes a model reproducible.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def lecun_normal_(weight: Tensor, fan_in: int) -> None:
+    """Truncated normal, cut at two sigmas, of variance 1 / fan_in (flax `lecun_normal`)."""
+    std = math.sqrt(1.0 / fan_in) / 0.87962566103423978  # the standard deviation that the cut takes away
+    nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
+
+
+def init_jax(model: nn.Module) -> None:
+    """google-research/vision_transformer: Xavier for each of q, k, v and the MLP, LeCun for patches, zero head.
+
+    MLP biases N(0, 1e-6); positions N(0, 0.02); class token, registers and every other bias 0.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            rows = 3 if name.endswith("qkv") else 1  # q, k, v are three matrices there, and are drawn as such
+            for part in module.weight.chunk(rows):
+                nn.init.xavier_uniform_(part)
+            if module.bias is not None:
+                if ".mlp." in name:
+                    nn.init.normal_(module.bias, std=1e-6)
+                else:
+                    nn.init.zeros_(module.bias)
+            if name.startswith("head.representation"):
+                lecun_normal_(module.weight, module.in_features)
+        elif isinstance(module, nn.Conv2d):
+            lecun_normal_(module.weight, module.weight[0].numel())
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    zero_head(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("positions.table"):
+            nn.init.normal_(parameter, std=0.02)
+
+
+def init_trunc_normal(model: nn.Module, std: float = 0.02) -> None:
+    """DeiT and its descendants: every linear weight N(0, 0.02), biases 0, positions and tokens N(0, 0.02).
+
+    Patch convolutions keep torch's default. (The originals' truncation at ±2 cuts nothing at this width.)
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.endswith("positions.table") or ".prefix." in name:
+            nn.init.trunc_normal_(parameter, std=std)
+
+
+def zero_head(model: nn.Module) -> None:
+    """The last class layer at zero: every class starts equally likely."""
+    for name, module in model.named_modules():
+        if name == "head.linear" and isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+def skip_on_meta(model: nn.Module) -> bool:
+    """Whether there is nothing to fill: the model was built for its shapes alone."""
+    return any(parameter.device == torch.device("meta") for parameter in model.parameters())
