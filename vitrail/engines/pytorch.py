@@ -1,0 +1,50 @@
+"""The engine that is always there: the network itself, on PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.data.transforms import normalise
+from vitrail.models.registry import from_pretrained
+from vitrail.runtime import Runtime, choose_device, choose_precision
+
+
+class TorchEngine:
+    """A network on its device, in evaluation mode while it computes.
+
+    Args:
+        model: a model folder, a run folder (its `model/`), or a classifier that is already built.
+        device: auto, cpu, cuda, cuda:N or mps.
+        precision: auto (bf16 where the chip computes in it), fp32, bf16, or fp16 on CUDA.
+    """
+
+    def __init__(self, model: str | Path | nn.Module, *, device: str = "auto", precision: str = "auto") -> None:
+        place = choose_device(device)
+        self.runtime = Runtime(device=place, precision=choose_precision(precision, place))
+        self.network: Any = model if isinstance(model, nn.Module) else from_pretrained(model_folder(model))
+        self.network.to(place)
+        self.card = self.network.card
+        self.classes = int(self.network.num_classes)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits `[B, K]`, float32 on the engine's device, of uint8 images `[B, C, h, w]`."""
+        training = self.network.training
+        self.network.eval()
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                batch = normalise(images.to(self.runtime.device), self.card.preprocessing)
+                logits: Tensor = self.network(batch)
+        finally:
+            self.network.train(training)
+        return logits.float()
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder itself, or its `model/` where it is a run's. Whether it is whole is for the loader to say."""
+    folder = Path(path)
+    inner = folder / "model"
+    return inner if not (folder / "config.json").exists() and (inner / "config.json").exists() else folder

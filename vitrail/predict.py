@@ -1,0 +1,198 @@
+"""Prediction: pictures in any form in, one record for each out, in their order.
+
+What the network sees is what evaluation and training's own evaluation show it: `data.image.decode`, then
+`data.transforms.Preprocess` with the model's card, then the engine's normalising.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vitrail.data.image import SUFFIXES, decode
+from vitrail.data.transforms import Preprocess
+from vitrail.engines import Engine, open_engine
+from vitrail.errors import ConfigError, DataError, ImageError
+from vitrail.tasks.classify import Classify, Prediction
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
+
+
+class Predictor:
+    """A model, its preprocessing and its class names, ready for pictures.
+
+    Args:
+        model: a model folder, a run folder, or a classifier.
+        engine: what computes; auto chooses.
+        precision: auto (bf16 where the chip computes in it), fp32, bf16, or fp16 on CUDA.
+        device: auto, cpu, cuda, cuda:N or mps.
+        batch_size: pictures that go through the network together.
+        top_k: classes named for each picture, unless a call says otherwise.
+
+    Example:
+        predictor = Predictor("runs/flowers/model")
+        for record in predictor(["a.jpg", "b.png"]):
+            print(record.source, record.label, record.score, record.error)
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        engine: str = "auto",
+        precision: str = "auto",
+        *,
+        device: str = "auto",
+        batch_size: int = 32,
+        top_k: int = 5,
+    ) -> None:
+        if batch_size < 1 or top_k < 1:
+            raise ConfigError(f"batch_size and top_k must be at least 1; got {batch_size} and {top_k}.")
+        self.engine: Engine = open_engine(model, engine, device=device, precision=precision)
+        self.labels = class_names(self.engine)
+        self.task = Classify(self.labels)
+        self.preprocess = Preprocess(self.engine.card.preprocessing)
+        self.batch_size = batch_size
+        self.top_k = top_k
+
+    def __call__(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> list[Prediction]:
+        """One record for each picture, in order; a picture that cannot be read has its record's `error` set.
+
+        A picture is a path, the bytes of an image file, a PIL image, a uint8 array `[I, J]`, `[I, J, 3]` or
+        `[I, J, 4]`, or a uint8 tensor `[3, I, J]`. A single one gives a list of one; a four-dimensional array
+        or tensor is a batch of pictures of any size.
+        """
+        return list(self.stream(images, top_k=top_k))
+
+    def stream(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> Iterator[Prediction]:
+        """The same records, each as soon as its batch is done; pictures are read ahead while the network runs."""
+        wanted = self.top_k if top_k is None else top_k
+        if wanted < 1:
+            raise ConfigError(f"top_k must be at least 1; got {wanted}.")
+        named = ((_name(item, place), item) for place, item in enumerate(_pictures(images)))
+        pool = ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)) + 1), thread_name_prefix="decode")
+        ahead: deque[list[tuple[str, Future[Tensor]]]] = deque()
+        try:
+            while True:
+                chunk = [(name, pool.submit(self.prepare, item, name)) for name, item in islice(named, self.batch_size)]
+                if chunk:
+                    ahead.append(chunk)
+                if not ahead:
+                    return
+                if len(ahead) == 2 or not chunk:
+                    yield from self._finish(ahead.popleft(), wanted)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def prepare(self, image: Picture, name: str = "image") -> Tensor:
+        """The bytes that the network sees of one picture: uint8 `[C, h, w]` at the model's size.
+
+        Raises:
+            ImageError: the picture cannot be read, or may not be; the message names it.
+        """
+        return self.preprocess(decode(_readable(image, name), name=name))
+
+    def forward(self, images: Any) -> Tensor:
+        """Logits `[B, K]`, float32 on the CPU, of a uint8 batch `[B, C, h, w]` already at the model's size.
+
+        Takes a tensor or a numpy array. Raises ConfigError for another type or shape.
+        """
+        batch = torch.as_tensor(images)
+        wanted = self.engine.card.preprocessing
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != wanted.in_chans:
+            raise ConfigError(
+                f"forward takes uint8 [B, {wanted.in_chans}, {wanted.input_size[0]}, {wanted.input_size[1]}]; got"
+                f" {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}. Call the predictor itself with"
+                " pictures of any kind."
+            )
+        return self.engine(batch).cpu()
+
+    def _finish(self, chunk: list[tuple[str, Future[Tensor]]], top_k: int) -> Iterator[Prediction]:
+        """Records of one batch: the readable pictures through the network, the others with their reason."""
+        names: list[str] = []
+        ready: list[Tensor] = []
+        errors: dict[int, str] = {}
+        for place, (name, future) in enumerate(chunk):
+            try:
+                ready.append(future.result())
+                names.append(name)
+            except (ImageError, OSError) as error:
+                errors[place] = str(error)
+        found = iter(self.task.decode(self.engine(torch.stack(ready)), top_k=top_k, sources=names) if ready else [])
+        for place, (name, _) in enumerate(chunk):
+            yield Prediction(source=name, error=errors[place]) if place in errors else next(found)
+
+
+def class_names(engine: Engine) -> tuple[str, ...]:
+    """The model's class names, or `class 0`, `class 1` ... where nobody wrote them down."""
+    return engine.card.labels or tuple(f"class {index}" for index in range(engine.classes))
+
+
+def expand(patterns: Iterable[str]) -> list[str]:
+    """Paths of images: files as they are, folders with everything below them, patterns (`**` too); no path twice.
+
+    A file that is named and does not exist stays in the list, so that it gets its own error record.
+
+    Raises:
+        DataError: a folder without an image, or a pattern that nothing matches.
+    """
+    found: list[str] = []
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            below = sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in SUFFIXES)
+            if not below:
+                raise DataError(f"The folder {pattern} holds no image ({', '.join(sorted(SUFFIXES))}).")
+            found += below
+        elif not os.path.exists(pattern) and glob.has_magic(pattern):
+            matches = sorted(path for path in glob.glob(pattern, recursive=True) if not os.path.isdir(path))
+            if not matches:
+                raise DataError(f"No file matches {pattern}.")
+            found += matches
+        else:
+            found.append(pattern)
+    return list(dict.fromkeys(found))
+
+
+def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
+    """One picture as a list of one; a batch in one array as its rows."""
+    if isinstance(images, str | os.PathLike | bytes) or type(images).__module__.startswith("PIL."):
+        return [images]  # type: ignore[list-item]
+    if getattr(images, "ndim", 4) < 4:
+        return [images]  # type: ignore[list-item]
+    return images  # type: ignore[return-value]
+
+
+def _name(item: Picture, place: int) -> str:
+    """A path's own name; for the rest, the file a PIL image came from, or its place in the call."""
+    if isinstance(item, str | os.PathLike):
+        return os.fspath(item)
+    return str(getattr(item, "filename", "") or f"image {place}")
+
+
+def _readable(image: Picture, name: str) -> Any:
+    """What `decode` takes: paths, bytes and PIL images as they are, arrays as PIL images, so one policy holds."""
+    if isinstance(image, Tensor):
+        image = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image.cpu().numpy()
+    shape = getattr(image, "shape", None)
+    if shape is None:
+        return image
+    from PIL import Image
+
+    if str(image.dtype) != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))):
+        raise ImageError(
+            f"{name}: an array must be uint8 [I, J], [I, J, 3] or [I, J, 4], a tensor uint8 [3, I, J]; got"
+            f" {image.dtype} {list(shape)}."
+        )
+    return Image.fromarray(image[:, :, 0] if len(shape) == 3 and shape[2] == 1 else image)
