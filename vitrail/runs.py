@@ -3,6 +3,7 @@
 A record is what the command line fills, what a recipe file holds, what a job takes, and what is written
 beside the results. The text under a field is its help on the command line. In `TrainRun`, `None` (or an
 empty tuple) means that the plan chooses by model and data, and says so; a value given is never changed.
+A comment line in a record is the heading of the flags below it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ Format = Literal["table", "json"]
 class TrainRun:
     """Train a model on a folder, archive or table of images."""
 
+    # data and run
     data: tuple[str, ...]
     """Training images: folders, .zip or .tar archives, a .csv (image_path,label), or the word digits."""
     val: tuple[str, ...] = ()
@@ -31,6 +33,7 @@ class TrainRun:
     recipe: str | None = None
     """A recipe: a TOML file, or the name of one that comes with vitrail; flags win over it."""
 
+    # network
     model: str | None = None
     """Name of the network (see vitrail models)."""
     pretrained: str | None = None
@@ -46,6 +49,7 @@ class TrainRun:
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
 
+    # optimisation
     epochs: int | None = None
     """Passes over the training images."""
     steps: int | None = None
@@ -79,6 +83,7 @@ class TrainRun:
     model_ema: float | None = None
     """Decay of the averaged weights that are evaluated and saved, such as 0.999 (0 = none)."""
 
+    # augmentation
     crop: Literal["resized", "pad", "none"] | None = None
     """Training crop: random resized crop, pad and crop (small images), or none."""
     scale: tuple[float, float] | None = None
@@ -98,6 +103,7 @@ class TrainRun:
     aug_repeats: int = 1
     """Views of each image in an epoch (repeated augmentation)."""
 
+    # rhythm
     eval_every: float = 1.0
     """Epochs between evaluations."""
     save_every: float = 1.0
@@ -109,6 +115,7 @@ class TrainRun:
     max_bad_share: float = 0.005
     """Share of unreadable training images above which the run stops."""
 
+    # machine
     seed: int = 0
     """Seed of everything random."""
     deterministic: bool = False
@@ -136,7 +143,7 @@ class EvaluateRun:
     split: Literal["auto", "train", "val", "test"] = "auto"
     """Which part of the data; auto takes val, else test, else everything."""
     output: str | None = None
-    """Folder for report.json, the confusion matrix and the worst mistakes; by default inside the model's run."""
+    """Folder for the report, the confusion matrix and the worst mistakes; by default in the model's run."""
     format: Format = "table"
     """How the result is printed."""
     batch_size: int = 64
@@ -273,3 +280,11 @@ class BenchRun:
     """auto, cpu, cuda, cuda:1 or mps."""
     format: Format = "table"
     """How the result is printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRun:
+    """Train a small ViT on built-in digits, evaluate it, predict with it, and trace one image."""
+
+    output: str = "demo"
+    """Folder for everything that the demo makes."""

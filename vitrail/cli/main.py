@@ -1,0 +1,146 @@
+"""The command line: one table of commands, and what becomes of errors.
+
+A command names its record and its job; nothing of either is imported before the command is chosen.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 well, 1 something failed,
+2 the caller can mend it, 3 a hand-over outside its bounds, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vitrail.errors import ConfigError, VitrailError, suggestion
+
+
+class Command(NamedTuple):
+    """One verb: its record in vitrail.runs, and which of the record's fields are arguments without a flag."""
+
+    name: str
+    record: str
+    positional: tuple[str, ...]
+    summary: str
+
+    @property
+    def verb(self) -> str:
+        """The function in vitrail.cli.verbs that runs the job and shows its result."""
+        return self.name.replace(" ", "_")
+
+
+FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+COMMANDS = (
+    Command("train", "TrainRun", ("data",), "train a model on a folder, archive or table of images"),
+    Command("evaluate", "EvaluateRun", ("model", "data"), "score a model on labelled images"),
+    Command("predict", "PredictRun", ("model", "images"), "say what is in images"),
+    Command("trace", "TraceRun", ("model", "image"), "show how one image becomes a prediction, step by step"),
+    Command("models", "ModelsRun", ("pattern",), "list the networks: parameters, GFLOPs, input size"),
+    Command("info", "InfoRun", ("model",), "show the card of a network, model folder or weight file"),
+    Command("convert", "ConvertRun", ("source", "target"), "bring weights from one layout into another"),
+    Command("data check", "DataCheckRun", ("data",), "find what is wrong with a data set"),
+    Command("bench", "BenchRun", ("model",), "measure speed, memory, parameters and FLOPs"),
+    Command("doctor", "DoctorRun", (), "check the installation; each problem with its cure"),
+    Command("demo", "DemoRun", (), "train, evaluate, predict and trace on built-in digits, in two minutes"),
+)
+
+
+def entry() -> None:
+    """The `vitrail` command."""
+    sys.exit(main(sys.argv[1:]))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one command line; the exit code."""
+    program = "vitrail"
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(overview())
+            return 0
+        if arguments[0] in ("-V", "--version"):
+            print(f"vitrail {importlib.import_module('vitrail').__version__}")
+            return 0
+        command, rest = choose(arguments)
+        program = f"vitrail {command.name}"
+        return run(command, rest)
+    except KeyboardInterrupt:
+        return _fail(program, "interrupted.", 130)
+    except BrokenPipeError:
+        # The reader of our output has gone (| head): nothing is left to say, nor anyone to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except VitrailError as error:
+        return _fail(program, str(error), error.exit_code)
+    except FILE_ERRORS as error:
+        return _fail(program, f"{error.filename or ''}: {error.strerror or error}.", 2)
+    except Exception as error:
+        about = f"unexpected {type(error).__name__}: {error}"
+        return _fail(program, f"{about} (VITRAIL_DEBUG=1 shows where; a bug report is welcome).", 1)
+
+
+def choose(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
+    """The command that the first words name, and the words after it."""
+    for count in (2, 1):
+        for command in COMMANDS:
+            if command.name.split() == list(arguments[:count]):
+                return command, arguments[count:]
+    names = [command.name for command in COMMANDS]
+    longer = [name for name in names if name.startswith(arguments[0] + " ")]
+    if longer:
+        raise ConfigError(f"{arguments[0]} needs a second word: {', '.join(longer)}.")
+    near = suggestion(arguments[0], names) or f" The commands are: {', '.join(names)}."
+    raise ConfigError(f"There is no command {arguments[0]!r}.{near}")
+
+
+def run(command: Command, arguments: Sequence[str]) -> int:
+    """Read the flags into the command's record, and run its job."""
+    from vitrail.cli import flags
+
+    runs = importlib.import_module("vitrail.runs")
+    record: type[Any] = getattr(runs, command.record)
+    program = f"vitrail {command.name}"
+    parser = flags.parser(record, program, command.positional)
+    if {"-h", "--help"} & set(arguments):
+        print(parser.format_help(), end="")
+        return 0
+    given = flags.read(parser, arguments)
+    if "recipe" in given:
+        given = recipe(given["recipe"]) | given
+    verbs = importlib.import_module("vitrail.cli.verbs")
+    do: Callable[[Any], int] = getattr(verbs, command.verb)
+    return do(flags.complete(record, given, program))
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The fields that a recipe sets: a TOML file, or the name of one that comes with vitrail."""
+    from vitrail.config import read_toml
+
+    home = Path(__file__).parents[1] / "recipes"
+    homes = [home, home.parents[1] / "recipes"]  # in a wheel, and in a checkout
+    shipped = {path.stem: path for folder in homes for path in sorted(folder.glob("**/*.toml"))}
+    if name in shipped and not Path(name).exists():
+        return read_toml(shipped[name])
+    if not Path(name).exists() and not name.endswith(".toml"):
+        near = suggestion(name, shipped) or f" The recipes are: {', '.join(shipped)}."
+        raise ConfigError(f"There is no recipe {name}.{near}")
+    return read_toml(name)
+
+
+def overview() -> str:
+    """The help page: what there is, one line each."""
+    lines = ["usage: vitrail COMMAND ...", "", "Vision Transformers: train, trust, use and see through.", ""]
+    lines += [f"  {command.name:<11} {command.summary}" for command in COMMANDS]
+    lines += ["", "vitrail COMMAND --help lists a command's flags. Start with: vitrail demo"]
+    return "\n".join(lines)
+
+
+def _fail(program: str, message: str, code: int) -> int:
+    if os.environ.get("VITRAIL_DEBUG") and sys.exc_info()[0] is not None:
+        import traceback
+
+        traceback.print_exc()
+    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,69 @@
+"""`vitrail models`: what there is, with what it costs; counted on torch's meta device, without memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from vitrail.errors import ModelError, suggestion
+from vitrail.models import registry
+from vitrail.runs import ModelsRun
+
+RULE = "GFLOPs: multiply-adds of matrix products and convolutions, in 10^9, one image (the papers' way)"
+
+
+class Cost(NamedTuple):
+    """What one network costs."""
+
+    parameters: int
+    multiply_adds: int
+    """Of one image through the network, forward."""
+
+    @property
+    def gflops(self) -> float:
+        """In the papers' unit: 10^9 multiply-adds."""
+        return self.multiply_adds / 1e9
+
+
+class Row(NamedTuple):
+    """One line of the list."""
+
+    name: str
+    family: str
+    parameters: int
+    gflops: float
+    input_size: tuple[int, int]
+
+
+def models(run: ModelsRun) -> list[Row]:
+    """The networks whose names match, sorted. Raises ModelError when there is none."""
+    names = registry.list_models(run.pattern)
+    if not names:
+        near = suggestion(run.pattern, registry.list_models())
+        raise ModelError(f"No model matches {run.pattern!r}.{near} `vitrail models` lists them all.")
+    return [row(name) for name in names]
+
+
+def row(name: str) -> Row:
+    """One network, built on the meta device and counted."""
+    config = registry.variant(name)
+    with torch.device("meta"):
+        model = registry.from_config(name, config)
+    counted = cost(model, config.img_size, config.in_chans)
+    family = registry.family_name(registry.family_of(name))
+    return Row(name, family, counted.parameters, counted.gflops, config.img_size)
+
+
+def cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3) -> Cost:
+    """Parameters and multiply-adds at an image size (RULE); biases, norms and activations are not counted."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, in_chans, *img_size, device=device))
+    model.train(training)
+    return Cost(sum(parameter.numel() for parameter in model.parameters()), counter.get_total_flops() // 2)
