@@ -53,7 +53,9 @@ class Preprocessing:
 
     def __post_init__(self) -> None:
         if len(self.input_size) != 2 or any(side < 1 for side in self.input_size):
-            raise WeightsError(f"input_size must be (rows, columns) of at least 1 pixel, got {self.input_size}.")
+            raise WeightsError(
+                f"input_size must be (rows, columns), at least 1 pixel, got {self.input_size}."
+            )
         if self.crop_mode not in CROP_MODES:
             raise WeightsError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {self.crop_mode!r}.")
         if self.interpolation not in INTERPOLATIONS:
@@ -178,8 +180,8 @@ class Card:
     def preprocessor_json(self) -> dict[str, Any]:
         """The content of `preprocessor_config.json`, in transformers' words.
 
-        transformers has no word for cropping to a size that is not square, nor for `border`; there the nearest
-        words are written, and `config.json` holds the truth.
+        transformers has no word for cropping to a size that is not square, nor for `border`; there the
+        nearest words are written, and `config.json` holds the truth.
         """
         wanted = self.preprocessing
         rows, columns = wanted.resize
@@ -205,7 +207,7 @@ class Card:
 
         Args:
             view: content of `config.json`.
-            preprocessor: content of `preprocessor_config.json`; read only where `view` holds no `pretrained_cfg`.
+            preprocessor: content of `preprocessor_config.json`, for a `view` without `pretrained_cfg`.
 
         Raises:
             WeightsError: a value has the wrong type or lies outside its range.
@@ -213,7 +215,8 @@ class Card:
         own = view.get("vitrail") or {}
         if own.get("format", FORMAT) != FORMAT:
             raise WeightsError(
-                f"config.json has vitrail format {own['format']}, this version reads {FORMAT}; update vitrail."
+                f"config.json has vitrail format {own['format']}, this version reads {FORMAT}: update vitrail"
+                " or save the folder again."
             )
         try:
             config = dict(own.get("config") or {})
