@@ -1,0 +1,1 @@
+"""Pictures in: decoding, preprocessing, augmentation, data sets and batches."""
