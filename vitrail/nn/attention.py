@@ -28,15 +28,25 @@ def attend(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "*B N V"]:
-    """softmax(queries keysᵀ · scale + bias) values, by the kernel that suits the device.
+    """softmax(queries keysᵀ · scale + bias) values, by the kernel that suits the device and the type.
 
-    On a CPU and at picture lengths two plain matrix products beat the fused call in training and match it in
-    inference (docs/log.md), and they export with free sizes; a GPU takes the fused kernels.
+    The rule is fixed, not timed at run time, so that a resumed run computes the same bits. docs/log.md has the
+    measurements: the fused call wins but for bfloat16 on a CPU whose matrix products are native in it, at
+    picture lengths. Exported graphs get plain products, which every engine takes with free sizes.
     """
-    if queries.is_cuda:
+    plain = torch.compiler.is_exporting() or (
+        queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and native_bf16()
+    )
+    if not plain:
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale)
     weights = attention_weights(queries, keys, scale, bias)
     return (F.dropout(weights, dropout) if dropout else weights) @ values
+
+
+@torch.compiler.assume_constant_result
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def attention_weights(

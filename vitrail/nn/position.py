@@ -23,7 +23,7 @@ def resample_table(
     table: Float[Tensor, "one N D"], old: Grid, new: Grid, prefix: int = 0, antialias: bool = True
 ) -> Float[Tensor, "one M D"]:
     """A table of positions at another grid: bicubic over the grid, in float32; prefix rows are left alone."""
-    if old == new:
+    if not torch.compiler.is_exporting() and old == new:  # an exported graph keeps its size free
         return table
     head, body = table[:, :prefix], table[:, prefix:]
     image = body.float().transpose(1, 2).unflatten(2, tuple(old))  # [1, D, h, w]

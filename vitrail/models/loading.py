@@ -1,0 +1,184 @@
+"""Weights into models and out of them: where a family's network meets its files.
+
+A model's state is touched only after everything fits; what was done is the model's `receipt`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vitrail.config import from_dict, to_dict
+from vitrail.errors import ModelError, WeightsError
+from vitrail.models import registry
+from vitrail.weights import adapter, files, folder, rules
+from vitrail.weights.card import Card
+
+logger = logging.getLogger(__name__)
+
+
+def load_pretrained(model: nn.Module, path: str | Path, *, replace_head: bool = False) -> adapter.Receipt:
+    """Load a model folder or a weight file of any of the family's layouts into a model.
+
+    replace_head: whether a head of another class count may be left out, so that the model keeps its own.
+    Class names and preprocessing of a model folder come along; names only where the head does.
+
+    Raises WeightsError that names what does not fit; the model is then as it was.
+    """
+    module = registry.family_of(model.name)
+    tensors, card, sha256 = read(path)
+    if card is not None and card.architecture and card.config:
+        _check_family(model, module, card, path)
+    state, receipt = adapter.read(
+        tensors,
+        module.RENAMES,
+        shapes(model),
+        context(module, model.config, card),
+        layout=card.layout if card is not None and card.layout else None,
+        replace_head=replace_head,
+        source=str(path),
+        sha256=sha256,
+        candidates=lambda: candidates(skip=model.name),
+    )
+    model.load_state_dict(state, strict=False)
+    model.receipt = receipt
+    if card is not None:
+        kept = not any(name.startswith("head.") for name in receipt.fresh)
+        model.card = _adopt(model.card, card, keep_labels=kept)
+    logger.info(receipt.summary())
+    return receipt
+
+
+def load_folder(path: str | Path) -> nn.Module:
+    """The model of a folder that vitrail saved, in evaluation mode, weights and card as they were.
+
+    Raises WeightsError for a folder without vitrail's part of config.json, or whose files do not fit or changed.
+    """
+    tensors, card = folder.load(path)
+    if not card.architecture or not card.config:
+        raise WeightsError(
+            f"{path} does not say which vitrail model it holds (config.json has no architecture and configuration"
+            " of ours). For a folder of another library: create_model(NAME, pretrained=PATH), or `vitrail convert`."
+        )
+    module = registry.family_of(card.architecture)
+    config = from_dict(module.Config, card.config, where=f"{path}/config.json")
+    with torch.device("meta"):
+        model = registry.from_config(card.architecture, config)
+    model.to_empty(device="cpu")
+    state, receipt = adapter.read(
+        tensors, module.RENAMES, shapes(model), context(module, config, card), layout=card.layout or None,
+        source=str(path), sha256=card.sha256,
+    )  # fmt: skip
+    missing = set(model.state_dict()) - set(state)
+    if missing:
+        raise WeightsError(f"{path} lacks {len(missing)} tensors of {card.architecture}, such as {min(missing)}.")
+    model.load_state_dict(state, strict=True, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    model.card, model.receipt = card, receipt
+    return model.eval()
+
+
+def save_model(model: nn.Module, path: str | Path) -> None:
+    """Write the model folder, its weights under the names of the family's first layout."""
+    module = registry.family_of(model.name)
+    layout = module.RENAMES[0]
+    state = adapter.write(
+        {name: tensor.detach() for name, tensor in model.state_dict().items()}, layout, context(module, model.config)
+    )
+    describe = getattr(module, "timm_arguments", None)
+    card = dataclasses.replace(
+        model.card,
+        architecture=model.name,
+        config=to_dict(model.config),
+        layout=layout.name,
+        model_args=describe(model.config) if describe is not None else {},
+    )
+    folder.save(path, state, card)
+    model.card = card
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], Card | None, str]:
+    """Tensors of a folder or a weight file, the folder's card if it has one, and the file's hash."""
+    place = Path(path)
+    if place.is_dir():
+        tensors, card = folder.load(place)
+        return tensors, card, card.sha256
+    return files.read_tensors(place), None, files.sha256(place)
+
+
+def context(module: ModuleType, config: Any, card: Card | None = None) -> dict[str, Any]:
+    """What a family's rules must know, and the grid of the file's positions where its card tells it."""
+    known: dict[str, Any] = module.context(config) if hasattr(module, "context") else {}
+    if card is not None and card.config and "from_grid" not in known and hasattr(module, "context"):
+        try:
+            known["from_grid"] = module.context(from_dict(module.Config, card.config)).get("grid")
+        except Exception:  # a foreign or older card: the grid is then told from the table's length
+            logger.debug("the card's configuration is not this family's", exc_info=True)
+    return known
+
+
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def classes_in(module: ModuleType, config: Any, path: str | Path) -> int | None:
+    """How many classes the head of a file has; None where it has no head, or nobody can tell."""
+    tensors, card, _ = read(path)
+    if card is not None and card.num_classes is not None:
+        return card.num_classes
+    known = context(module, config)
+    for layout in module.RENAMES:
+        names = {rules.strip(key, layout.prefixes): key for key in tensors}
+        for match in rules.matches(layout, "head.linear.bias", known):
+            keys = match.keys(layout.prefixes)
+            if match.rule.fit == "classes" and len(keys) == 1 and keys[0] in names:
+                return tensors[names[keys[0]]].numel()
+    return None
+
+
+def candidates(skip: str = "") -> Iterator[adapter.Candidate]:
+    """Every variant of every family as shapes, to say what a file that does not fit looks like."""
+    for name in registry.list_models():
+        if name == skip:
+            continue
+        module, config = registry.family_of(name), registry.variant(name)
+        with torch.device("meta"):
+            model = registry.from_config(name, config)
+        yield adapter.Candidate(name, module.RENAMES, shapes(model), context(module, config))
+
+
+def _check_family(model: nn.Module, module: ModuleType, card: Card, path: str | Path) -> None:
+    try:
+        theirs = registry.family_of(card.architecture)
+    except ModelError:
+        return
+    if theirs is not module and not getattr(module, "ACCEPTS", set()) & {registry.family_name(theirs)}:
+        raise WeightsError(
+            f"{path} holds a {card.architecture}, and the model asked for is a {model.name}: take"
+            f" --model {card.architecture}, or weights of a {registry.family_name(module)}."
+        )
+
+
+def _adopt(ours: Card, theirs: Card, keep_labels: bool) -> Card:
+    """Our card with what travels with weights: preprocessing but for the size, class names, origin."""
+    preprocessing = dataclasses.replace(theirs.preprocessing, input_size=ours.preprocessing.input_size)
+    if theirs.preprocessing.in_chans != ours.preprocessing.in_chans:
+        preprocessing = ours.preprocessing
+    return dataclasses.replace(
+        ours,
+        preprocessing=preprocessing,
+        labels=theirs.labels if keep_labels else None,
+        licence=theirs.licence,
+        source=theirs.source,
+        data=theirs.data,
+        notes=theirs.notes,
+    )
+
