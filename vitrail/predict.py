@@ -11,6 +11,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,6 @@ class Predictor:
         self.engine: Engine = open_engine(model, engine, device=device, precision=precision)
         self.labels = class_names(self.engine)
         self.task = Classify(self.labels)
-        self.preprocess = Preprocess(self.engine.card.preprocessing)
         self.batch_size = batch_size
         self.top_k = top_k
 
@@ -76,17 +76,22 @@ class Predictor:
         """
         return list(self.stream(images, top_k=top_k))
 
-    def stream(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> Iterator[Prediction]:
-        """The same records, each as soon as its batch is done; pictures are read ahead while the network runs."""
+    def stream(
+        self, images: Picture | Iterable[Picture], *, top_k: int | None = None
+    ) -> Iterator[Prediction]:
+        """The same records, each as soon as its batch is done; pictures are read while the network runs."""
         wanted = self.top_k if top_k is None else top_k
         if wanted < 1:
             raise ConfigError(f"top_k must be at least 1; got {wanted}.")
         named = ((_name(item, place), item) for place, item in enumerate(_pictures(images)))
-        pool = ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)) + 1), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode")
         ahead: deque[list[tuple[str, Future[Tensor]]]] = deque()
         try:
             while True:
-                chunk = [(name, pool.submit(self.prepare, item, name)) for name, item in islice(named, self.batch_size)]
+                chunk = [
+                    (name, pool.submit(self.prepare, item, name))
+                    for name, item in islice(named, self.batch_size)
+                ]
                 if chunk:
                     ahead.append(chunk)
                 if not ahead:
@@ -102,7 +107,12 @@ class Predictor:
         Raises:
             ImageError: the picture cannot be read, or may not be; the message names it.
         """
-        return self.preprocess(decode(_readable(image, name), name=name))
+        return self.preprocess(decode(_pixels(image), name=name))
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """The model's preprocessing. Raises ConfigError where no picture has the model's channels."""
+        return Preprocess(self.engine.card.preprocessing)
 
     def forward(self, images: Any) -> Tensor:
         """Logits `[B, K]`, float32 on the CPU, of a uint8 batch `[B, C, h, w]` already at the model's size.
@@ -113,9 +123,9 @@ class Predictor:
         wanted = self.engine.card.preprocessing
         if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != wanted.in_chans:
             raise ConfigError(
-                f"forward takes uint8 [B, {wanted.in_chans}, {wanted.input_size[0]}, {wanted.input_size[1]}]; got"
-                f" {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}. Call the predictor itself with"
-                " pictures of any kind."
+                f"forward takes uint8 [B, {wanted.in_chans}, {wanted.input_size[0]}, {wanted.input_size[1]}];"
+                f" got {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}. Call the predictor"
+                " itself with pictures of any kind."
             )
         return self.engine(batch).cpu()
 
@@ -130,7 +140,9 @@ class Predictor:
                 names.append(name)
             except (ImageError, OSError) as error:
                 errors[place] = str(error)
-        found = iter(self.task.decode(self.engine(torch.stack(ready)), top_k=top_k, sources=names) if ready else [])
+        found = iter(
+            self.task.decode(self.engine(torch.stack(ready)), top_k=top_k, sources=names) if ready else []
+        )
         for place, (name, _) in enumerate(chunk):
             yield Prediction(source=name, error=errors[place]) if place in errors else next(found)
 
@@ -141,7 +153,7 @@ def class_names(engine: Engine) -> tuple[str, ...]:
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Paths of images: files as they are, folders with everything below them, patterns (`**` too); no path twice.
+    """Paths of images: files as they are, folders with all below them, patterns (`**` too); no path twice.
 
     A file that is named and does not exist stays in the list, so that it gets its own error record.
 
@@ -181,18 +193,8 @@ def _name(item: Picture, place: int) -> str:
     return str(getattr(item, "filename", "") or f"image {place}")
 
 
-def _readable(image: Picture, name: str) -> Any:
-    """What `decode` takes: paths, bytes and PIL images as they are, arrays as PIL images, so one policy holds."""
-    if isinstance(image, Tensor):
-        image = image.detach().cpu().permute(1, 2, 0).numpy() if image.ndim == 3 else image.cpu().numpy()
-    shape = getattr(image, "shape", None)
-    if shape is None:
+def _pixels(image: Picture) -> Any:
+    """What `decode` takes: a tensor `[3, I, J]` as an array `[I, J, 3]`, everything else as it is."""
+    if not isinstance(image, Tensor):
         return image
-    from PIL import Image
-
-    if str(image.dtype) != "uint8" or not (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4))):
-        raise ImageError(
-            f"{name}: an array must be uint8 [I, J], [I, J, 3] or [I, J, 4], a tensor uint8 [3, I, J]; got"
-            f" {image.dtype} {list(shape)}."
-        )
-    return Image.fromarray(image[:, :, 0] if len(shape) == 3 and shape[2] == 1 else image)
+    return (image.permute(1, 2, 0) if image.ndim == 3 else image).detach().cpu().numpy()

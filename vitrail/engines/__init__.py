@@ -1,7 +1,7 @@
 """Engines: what computes a model's output. One protocol, chosen when a model is opened.
 
-An engine is called with uint8 images `[B, C, h, w]`, already at the model's size, and answers float32 logits on
-the CPU or on its device. Normalising belongs to the engine, so that every engine sees the same bytes.
+An engine is called with uint8 images `[B, C, h, w]`, already at the model's size, and answers float32 logits
+on the CPU or on its device. Normalising belongs to the engine, so that every engine sees the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def open_engine(
         WeightsError: a folder that holds no model, or a damaged one.
     """
     if engine not in ENGINES:
-        raise ConfigError(f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.{suggestion(engine, ENGINES)}")
+        raise ConfigError(
+            f"engine must be one of {', '.join(ENGINES)}; got {engine!r}.{suggestion(engine, ENGINES)}"
+        )
     from vitrail.engines.pytorch import TorchEngine
 
     return TorchEngine(model, device=device, precision=precision)

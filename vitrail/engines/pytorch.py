@@ -22,7 +22,9 @@ class TorchEngine:
         precision: auto (bf16 where the chip computes in it), fp32, bf16, or fp16 on CUDA.
     """
 
-    def __init__(self, model: str | Path | nn.Module, *, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self, model: str | Path | nn.Module, *, device: str = "auto", precision: str = "auto"
+    ) -> None:
         place = choose_device(device)
         self.runtime = Runtime(device=place, precision=choose_precision(precision, place))
         self.network: Any = model if isinstance(model, nn.Module) else from_pretrained(model_folder(model))
@@ -44,7 +46,7 @@ class TorchEngine:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The folder itself, or its `model/` where it is a run's. Whether it is whole is for the loader to say."""
+    """The folder itself, or its `model/` where it is a run's. Whether it is whole, the loader says."""
     folder = Path(path)
     inner = folder / "model"
     return inner if not (folder / "config.json").exists() and (inner / "config.json").exists() else folder

@@ -1,0 +1,257 @@
+"""Record what a network computes, by forward hooks that are gone afterwards.
+
+The fast path stays as it is: nothing is recorded unless asked, attention weights are computed afterwards from
+what the mixer was given (`mixer.weights`), and a network leaves the recording with the hooks, flags and mode
+that it came with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.nn.entry import Chain
+from vitrail.nn.shapes import Grid
+from vitrail.nn.trunk import Stage
+
+Heard = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
+
+
+@contextmanager
+def listen(modules: Mapping[str, nn.Module], heard: Heard) -> Iterator[None]:
+    """While inside, call `heard(name, module, arguments, output)` after each of the modules has run.
+
+    What `heard` returns takes the output's place, unless it is None: a mixer's output can so be computed
+    again from weights that keep their gradient. Hooks are removed at the end, also after an error.
+    """
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(_hook(name, heard)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(name: str, heard: Heard) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    return lambda module, arguments, output: heard(name, module, arguments, output)
+
+
+@contextmanager
+def evaluation(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode while inside; afterwards every module is in the mode that it came with."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+@dataclass(kw_only=True)
+class EntryRecord:
+    """One entry of a stage (patches, positions, [CLS], merging ...), with what came in and what went out."""
+
+    stage: int
+    name: str
+    """Name within the stage's chain, or `entry` where it stands alone."""
+    module: nn.Module
+    map_before: Tensor
+    prefix_before: Tensor | None
+    map: Tensor
+    prefix: Tensor | None
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns after the entry."""
+        return Grid(self.map.shape[2], self.map.shape[3])
+
+
+@dataclass(kw_only=True)
+class BlockRecord:
+    """One block: its tokens afterwards, and what its mixer was given."""
+
+    stage: int
+    number: int
+    """Counted from 0 within the stage."""
+    name: str
+    """The module's name within the network."""
+    grid: Grid
+    tokens: Tensor
+    """[B, N, D] after the block, prefix first."""
+    mixer: nn.Module | None = None
+    arguments: tuple[Any, ...] = ()
+
+    @property
+    def prefix(self) -> int:
+        """Tokens that stand before the grid's."""
+        return self.tokens.shape[1] - self.grid.size
+
+    def weights(self) -> Float[Tensor, "B H N M"] | None:
+        """Attention of queries to keys, rows summing to one, computed now; None where the mixer has none.
+
+        There may be fewer queries than tokens (class attention), and fewer keys (spatial reduction);
+        `key_grid` says where the keys lie.
+        """
+        explain = getattr(self.mixer, "weights", None)
+        if explain is None:
+            return None
+        weights: Tensor = explain(*self.arguments)
+        return weights
+
+
+@dataclass(kw_only=True)
+class Recording:
+    """What was recorded of one forward pass, in the order in which it was computed."""
+
+    entries: list[EntryRecord] = field(default_factory=list)
+    blocks: list[BlockRecord] = field(default_factory=list)
+    output: Any = None
+    """What the network answered."""
+
+    @property
+    def stages(self) -> int:
+        return 1 + max((record.stage for record in [*self.entries, *self.blocks]), default=-1)
+
+
+def stages_of(network: nn.Module) -> dict[str, Stage]:
+    """The stages of a network's trunk by module name, in their order; empty for networks that have none."""
+    return {name: module for name, module in network.named_modules() if isinstance(module, Stage)}
+
+
+@contextmanager
+def capture(network: nn.Module) -> Iterator[Recording]:
+    """Record entries and blocks of the forward pass inside; a second pass replaces the first one's record.
+
+    Works for any network that holds stages (`nn.trunk`), whatever the mixers are. Tensors are kept as the
+    network made them, with their graph where gradients are on; run it under `torch.no_grad()` when only
+    values are wanted.
+    """
+    recording = Recording()
+    places: dict[str, tuple[str, int, int]] = {}  # module name -> what it is, stage, number
+    modules: dict[str, nn.Module] = {}
+    for number, (name, stage) in enumerate(stages_of(network).items()):
+        chained = isinstance(stage.entry, Chain)
+        entries = list(stage.entry.named_children()) if chained else [("entry", stage.entry)]
+        for inner, entry in entries:
+            modules[f"{name}.entry.{inner}"], places[f"{name}.entry.{inner}"] = entry, ("entry", number, 0)
+        for block, module in enumerate(stage.blocks):
+            modules[f"{name}.blocks.{block}"], places[f"{name}.blocks.{block}"] = (
+                module,
+                ("block", number, block),
+            )
+            mixer = getattr(module, "mixer", None)
+            if mixer is not None:
+                modules[f"{name}.blocks.{block}.mixer"] = mixer
+                places[f"{name}.blocks.{block}.mixer"] = ("mixer", number, block)
+    given: dict[str, tuple[Any, ...]] = {}
+
+    def heard(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        kind, stage, number = places[name]
+        if kind == "mixer":
+            given[name] = arguments
+        elif kind == "entry":
+            recording.entries.append(_entry_record(stage, name.rpartition(".")[2], module, arguments, output))
+        else:
+            mixer = getattr(module, "mixer", None)
+            recording.blocks.append(
+                BlockRecord(
+                    stage=stage,
+                    number=number,
+                    name=name,
+                    grid=arguments[1],
+                    tokens=output,
+                    mixer=mixer,
+                    arguments=given.pop(f"{name}.mixer", ()),
+                )
+            )
+
+    def begin(_module: nn.Module, _arguments: Any) -> None:
+        recording.entries.clear()
+        recording.blocks.clear()
+
+    def end(_module: nn.Module, _arguments: Any, output: Any) -> None:
+        recording.output = output
+
+    outer = [network.register_forward_pre_hook(begin), network.register_forward_hook(end)]
+    try:
+        with listen(modules, heard):
+            yield recording
+    finally:
+        for handle in outer:
+            handle.remove()
+
+
+def _entry_record(
+    stage: int, name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any
+) -> EntryRecord:
+    return EntryRecord(
+        stage=stage,
+        name=name,
+        module=module,
+        map_before=arguments[0],
+        prefix_before=arguments[1],
+        map=output[0],
+        prefix=output[1],
+    )
+
+
+def key_grid(keys: int, grid: Grid, prefix: int) -> tuple[Grid, int] | None:
+    """Where the keys of attention lie: their grid and how many stand before it; None where nothing fits.
+
+    The same tokens as the queries, with or without the prefix, or a grid reduced by a whole step (PVT).
+    """
+    for step in range(1, max(grid) + 1):
+        reduced = {
+            Grid(-(-grid.rows // step), -(-grid.columns // step)),
+            Grid(max(grid.rows // step, 1), max(grid.columns // step, 1)),
+        }
+        for candidate in sorted(reduced, key=lambda found: -found.size):
+            for before in (prefix, 0):
+                if keys == before + candidate.size:
+                    return candidate, before
+    return None
+
+
+@dataclass(kw_only=True)
+class Gaze:
+    """Where a layer looks, over the picture."""
+
+    maps: Float[Tensor, "H h w"]
+    """Share of each head's attention that each cell of the key grid gets."""
+    elsewhere: Float[Tensor, " H"]
+    """Share of each head's attention that stays on the prefix tokens."""
+    of: str
+    """Whose attention: of the first prefix token, or the mean over all queries."""
+
+
+def gaze(record: BlockRecord) -> Gaze | None:
+    """The attention of [CLS] (the first prefix token) to the picture in one block, for the first image.
+
+    Without prefix tokens it is the mean over all queries: how much each place is looked at. None where the
+    mixer has no weights, or their keys cannot be laid out over the picture.
+    """
+    with torch.no_grad():
+        weights = record.weights()
+    if weights is None:
+        return None
+    place = key_grid(weights.shape[3], record.grid, record.prefix)
+    if place is None:
+        return None
+    grid, before = place
+    rows = weights[0].detach().float()  # [H, N, M]
+    token = record.prefix > 0
+    row = rows[:, 0] if token else rows.mean(dim=1)  # [H, M]
+    return Gaze(
+        maps=row[:, before:].unflatten(1, tuple(grid)).cpu(),  # [H, h, w]
+        elsewhere=row[:, :before].sum(dim=1).cpu(),
+        of="class token" if token else "mean over all queries",
+    )

@@ -1,0 +1,382 @@
+"""The story of one image: every step from pixels to a prediction, with shapes and the values worth seeing.
+
+What a step is follows from the network's stages (`nn.trunk`), entries and blocks, never from a family's name.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from vitrail.data.transforms import normalise
+from vitrail.errors import UnsupportedError
+from vitrail.explain.capture import (
+    BlockRecord,
+    EntryRecord,
+    Gaze,
+    Recording,
+    capture,
+    evaluation,
+    gaze,
+    listen,
+    stages_of,
+)
+from vitrail.nn.entry import Patchify, PrefixTokens
+from vitrail.nn.position import LearnedPosition, SinCosPosition
+from vitrail.nn.shapes import Grid
+from vitrail.tasks.classify import Classify, Prediction
+from vitrail.weights.card import Preprocessing
+
+MOST_REFERENCES = 196
+"""Places whose positional similarity is kept; larger grids are thinned evenly."""
+
+TOKEN_WORDS = {"cls": "[CLS]", "dist": "[DIST]", "registers": "registers"}
+"""How prefix tokens are called in the story; others go by their own name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One line of the story."""
+
+    name: str
+    shape: tuple[int, ...]
+    note: str = ""
+
+    @property
+    def size(self) -> str:
+        """The shape in words: `14 × 14`, `197 × 512`."""
+        return " × ".join(str(side) for side in self.shape)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"step": self.name, "shape": list(self.shape), "note": self.note}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One block after it has run."""
+
+    name: str
+    grid: Grid
+    tokens: Float[Tensor, "N D"]
+    component: Float[Tensor, "h w"]
+    """The direction in which the patch tokens differ most, per cell (first principal component)."""
+    gaze: Gaze | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTrace:
+    """What is worth seeing of one stage."""
+
+    name: str
+    grid: Grid
+    prefix: tuple[str, ...]
+    """Names of the tokens that stand before the patches."""
+    embeddings: Float[Tensor, "n D"]
+    """The patches' tokens when they have just been made, before positions."""
+    similarity: Float[Tensor, "R h w"] | None
+    """Cosine of some places' positions to every place's, -1..1; None where no positions are added."""
+    references: tuple[tuple[int, int], ...]
+    """Row and column of those places."""
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """One image on its way through a network."""
+
+    model: str
+    source: str
+    original: tuple[int, int]
+    """Rows and columns of the picture as it was read."""
+    pixels: UInt8[Tensor, "C h w"]
+    """What the network saw, before normalising."""
+    patch: tuple[int, int]
+    """Image pixels that one cell of the first grid stands for."""
+    steps: tuple[Step, ...]
+    stages: tuple[StageTrace, ...]
+    prediction: Prediction
+    note: str = ""
+    """What must be said aloud, such as random weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The story without its pictures, JSON-ready."""
+        return {
+            "model": self.model,
+            "note": self.note,
+            "steps": [step.to_dict() for step in self.steps],
+            **self.prediction.to_dict(),
+        }
+
+
+def trace(
+    network: nn.Module,
+    pixels: UInt8[Tensor, "C h w"],
+    preprocessing: Preprocessing,
+    task: Classify,
+    *,
+    source: str = "image",
+    original: tuple[int, int] | None = None,
+    top_k: int = 5,
+    note: str = "",
+) -> Trace:
+    """Follow one preprocessed image through a classifier; the network is left as it came.
+
+    Args:
+        network: a classifier whose trunk is made of stages, on any device.
+        pixels: the image as `data.transforms.Preprocess` made it.
+        preprocessing: how it is normalised (the card's).
+        task: names the classes.
+        source: name of the picture.
+        original: rows and columns before preprocessing.
+        top_k: classes in the prediction.
+        note: what must be said of the model, such as that its weights are random.
+
+    Raises:
+        UnsupportedError: the network has no stages to tell a story of.
+    """
+    if not stages_of(network):
+        raise UnsupportedError(
+            f"{_model_name(network)} is not made of stages with blocks: it cannot be traced."
+        )
+    pooled: list[Tensor] = []
+
+    def heard(_name: str, module: Any, arguments: tuple[Any, ...], _output: Any) -> None:
+        pooled.append(module.pool(*arguments))
+
+    head: Any = network.get_submodule("head")
+    device = next(network.parameters()).device
+    with torch.no_grad(), evaluation(network), capture(network) as recording, listen({"head": head}, heard):
+        logits: Tensor = network(normalise(pixels[None].to(device), preprocessing))
+    size = (int(pixels.shape[1]), int(pixels.shape[2]))
+    original = size if original is None else original
+    first = recording.entries[0] if recording.entries else None
+    prediction = task.decode(logits, top_k=top_k, sources=[source])[0]
+    steps = [
+        Step(name="picture", shape=(*original, 3), note=f"{source}, rows × columns × channels"),
+        Step(name="image", shape=(*size, int(pixels.shape[0])), note=_preprocessing_words(preprocessing)),
+        *_body_steps(recording),
+        *_end_steps(head, pooled[0], recording, logits, prediction),
+    ]
+    stages = tuple(_stage(recording, number) for number in range(recording.stages))
+    grid = stages[0].grid if stages else Grid(1, 1)
+    return Trace(
+        model=_model_name(network),
+        source=source,
+        original=original,
+        pixels=pixels.cpu(),
+        patch=_patch(first, size, grid),
+        steps=tuple(steps),
+        stages=stages,
+        prediction=prediction,
+        note=note,
+    )
+
+
+def _model_name(network: nn.Module) -> str:
+    return str(getattr(network, "name", "")) or type(network).__name__
+
+
+def _patch(first: EntryRecord | None, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
+    """Pixels of one cell: what the first patch entry says, else the image shared out over the grid."""
+    if first is not None and isinstance(first.module, Patchify):
+        return first.module.patch
+    return -(-size[0] // grid.rows), -(-size[1] // grid.columns)
+
+
+def _preprocessing_words(preprocessing: Preprocessing) -> str:
+    kept = {"center": "middle cropped", "squash": "squashed", "border": "padded"}[preprocessing.crop_mode]
+    mean = ", ".join(f"{value:.3g}" for value in preprocessing.mean)
+    std = ", ".join(f"{value:.3g}" for value in preprocessing.std)
+    return f"resized ({preprocessing.interpolation}), {kept}, less mean {mean}, divided by {std}"
+
+
+def _body_steps(recording: Recording) -> list[Step]:
+    """Entries and blocks in the order in which they ran."""
+    several = recording.stages > 1
+    steps = []
+    for number in range(recording.stages):
+        where = f"stage {number + 1}: " if several else ""
+        for entry in recording.entries:
+            if entry.stage == number:
+                steps += _entry_steps(entry, where)
+        steps += [_block_step(block, where) for block in recording.blocks if block.stage == number]
+    return steps
+
+
+def _entry_steps(record: EntryRecord, where: str) -> list[Step]:
+    grid, width = record.grid, int(record.map.shape[1])
+    count = grid.size + (0 if record.prefix is None else int(record.prefix.shape[1]))
+    if isinstance(record.module, Patchify):
+        rows, columns = record.module.patch
+        channels = int(record.map_before.shape[1])
+        flat = rows * columns * channels
+        cells = "pixels" if where in ("", "stage 1: ") and record.map_before.shape[1] <= 4 else "cells"
+        return [
+            Step(
+                name=f"{where}grid",
+                shape=tuple(grid),
+                note=f"{grid.size} patches of {rows} × {columns} {cells}",
+            ),
+            Step(
+                name=f"{where}flattened patches",
+                shape=(grid.size, flat),
+                note=f"{rows} · {columns} · {channels} = {flat} numbers a patch",
+            ),
+            Step(name=f"{where}projection", shape=(grid.size, width), note=f"linear, {flat} → {width}"),
+        ]
+    if isinstance(record.module, PrefixTokens):
+        words = _prefix_words(record.module)
+        shown = " + ".join(dict.fromkeys(words))
+        return [
+            Step(name=f"{where}{shown}", shape=(count, width), note=f"learned, in front: {len(words)} more")
+        ]
+    if isinstance(record.module, LearnedPosition | SinCosPosition):
+        return [
+            Step(name=f"{where}positions", shape=(count, width), note=_position_words(record.module, grid))
+        ]
+    about = (type(record.module).__doc__ or "").strip().splitlines()
+    return [
+        Step(name=f"{where}{record.name}", shape=(*grid, width), note=about[0].rstrip(".") if about else ""),
+    ]
+
+
+def _prefix_words(module: PrefixTokens) -> list[str]:
+    """One word a token."""
+    words: list[str] = []
+    for name in module.names:
+        words += [TOKEN_WORDS.get(name, f"[{name.upper()}]")] * int(getattr(module, name).shape[1])
+    return words
+
+
+def _position_words(module: LearnedPosition | SinCosPosition, grid: Grid) -> str:
+    if isinstance(module, SinCosPosition):
+        return {"sincos1d": "sine/cosine over the sequence", "sincos2d": "sine/cosine over rows and columns"}[
+            module.kind
+        ] + ", added"
+    if module.grid != grid:
+        old = f"{module.grid.rows} × {module.grid.columns}"
+        return f"learned, resampled from {old} to {grid.rows} × {grid.columns}, added"
+    return "learned, added"
+
+
+def _block_step(record: BlockRecord, where: str) -> Step:
+    shape = (int(record.tokens.shape[1]), int(record.tokens.shape[2]))
+    return Step(name=f"{where}block {record.number + 1}", shape=shape, note=_mixer_words(record))
+
+
+def _mixer_words(record: BlockRecord) -> str:
+    """The mixer's class in words, its heads, and what follows it."""
+    if record.mixer is None:
+        return ""
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(record.mixer).__name__).lower()
+    heads = getattr(record.mixer, "heads", None)
+    return f"{name}, {heads} head{'' if heads == 1 else 's'}, then MLP" if heads else f"{name}, then MLP"
+
+
+def _end_steps(
+    head: nn.Module, pooled: Tensor, recording: Recording, logits: Tensor, prediction: Prediction
+) -> list[Step]:
+    """From the last tokens to the prediction."""
+    width, classes = int(pooled.shape[-1]), int(logits.shape[1])
+    name, note = {
+        "token": ("[CLS] vector", "the first token after the last norm"),
+        "mean": ("mean vector", "mean of the patch tokens: there is no [CLS] that is read"),
+        "flatten": ("all tokens", "laid end to end"),
+    }.get(getattr(head, "pooling", ""), ("pooled vector", "what the head reads"))
+    scores = logits[0].float().softmax(dim=0)
+    best = prediction.top[0]
+    return [
+        Step(name=name, shape=(width,), note=note),
+        Step(
+            name="logits",
+            shape=(classes,),
+            note=f"from {float(logits.min()):.2f} to {float(logits.max()):.2f}",
+        ),
+        Step(name="probabilities", shape=(classes,), note=f"softmax, entropy {_entropy(scores):.2f} nats"),
+        Step(name="prediction", shape=(), note=f"{best.label}, {best.score:.1%}"),
+    ]
+
+
+def _entropy(scores: Float[Tensor, " K"]) -> float:
+    return float(-(scores * scores.clamp_min(1e-30).log()).sum())
+
+
+def _stage(recording: Recording, number: int) -> StageTrace:
+    entries = [entry for entry in recording.entries if entry.stage == number]
+    blocks = [block for block in recording.blocks if block.stage == number]
+    where = f"stage {number + 1} " if recording.stages > 1 else ""
+    words = [
+        word
+        for entry in recording.entries[: recording.entries.index(entries[-1]) + 1]
+        if entry.prefix is not None and isinstance(entry.module, PrefixTokens)
+        for word in _prefix_words(entry.module)
+    ]
+    made = next((entry for entry in entries if isinstance(entry.module, Patchify)), None)
+    made = made or next((entry for entry in entries if not _is_position(entry.module)), entries[0])
+    similarity, references = _position_similarity(entries)
+    layers: list[Layer] = []
+    for block in blocks:
+        before = layers[-1].component if layers else None
+        layers.append(
+            Layer(
+                name=f"{where}block {block.number + 1}",
+                grid=block.grid,
+                tokens=block.tokens[0].float().cpu(),
+                component=_component(block, before),
+                gaze=gaze(block),
+            )
+        )
+    return StageTrace(
+        name=where.strip() or "the trunk",
+        grid=entries[-1].grid,
+        prefix=tuple(words) if entries[-1].prefix is not None else (),
+        embeddings=made.map[0].float().flatten(1).t().cpu(),  # [n, D]
+        similarity=similarity,
+        references=references,
+        layers=tuple(layers),
+    )
+
+
+def _is_position(module: nn.Module) -> bool:
+    return isinstance(module, LearnedPosition | SinCosPosition)
+
+
+def _position_similarity(entries: list[EntryRecord]) -> tuple[Tensor | None, tuple[tuple[int, int], ...]]:
+    """Cosine between what was added at some places and what was added at every place."""
+    entry = next((entry for entry in entries if _is_position(entry.module)), None)
+    if entry is None:
+        return None, ()
+    grid = entry.grid
+    added = (entry.map - entry.map_before)[0].float().cpu()  # [D, h, w]
+    places = F.normalize(added.flatten(1), dim=0).t()  # [h * w, D]
+    step = 1
+    while -(-grid.rows // step) * -(-grid.columns // step) > MOST_REFERENCES:
+        step += 1
+    references = tuple(
+        (row, column) for row in range(0, grid.rows, step) for column in range(0, grid.columns, step)
+    )
+    chosen = places[[row * grid.columns + column for row, column in references]]  # [R, D]
+    return (chosen @ places.t()).unflatten(1, tuple(grid)), references  # [R, h, w]
+
+
+def _component(block: BlockRecord, before: Tensor | None) -> Float[Tensor, "h w"]:
+    """First principal component of the patch tokens, by power iteration from the token furthest out.
+
+    Its sign, which means nothing, is chosen to agree with the block before.
+    """
+    tokens = block.tokens[0, block.prefix :].float().cpu()
+    centred = tokens - tokens.mean(dim=0)
+    direction = centred[centred.norm(dim=1).argmax()]
+    for _ in range(30):
+        direction = F.normalize(centred.t() @ (centred @ direction), dim=0)
+    values = (centred @ direction).unflatten(0, tuple(block.grid))  # [h, w]
+    if before is not None and before.shape == values.shape and float((before * values).sum()) < 0:
+        values = -values
+    return values
