@@ -62,6 +62,7 @@ class Attention(nn.Module):
 
     `inner` is the width that the heads share among themselves (default: the token width); `scale` defaults to
     the head width to the power -1/2. `qk_norm` puts a layer norm on each head's queries and keys (ViT-22B).
+    `value_skip` adds the values to the output: the residual of a mixer that changes the width (T2T-ViT).
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Attention(nn.Module):
         scale: float | None = None,
         qkv_bias: bool = True,
         qk_norm: bool = False,
+        value_skip: bool = False,
         eps: float = 1e-6,
         attention_dropout: float = 0.0,
         dropout: float = 0.0,
@@ -82,7 +84,7 @@ class Attention(nn.Module):
         if inner % heads:
             raise ModelError(f"The width of attention must be a multiple of its heads; got {inner} and {heads} heads.")
         self.heads, self.scale = heads, (inner // heads) ** -0.5 if scale is None else scale
-        self.attention_dropout = attention_dropout
+        self.attention_dropout, self.value_skip = attention_dropout, value_skip
         self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(inner // heads, eps=eps) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(inner // heads, eps=eps) if qk_norm else nn.Identity()
@@ -99,7 +101,7 @@ class Attention(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B N V"]:
         queries, keys, values = self.project(tokens)
         dropout = self.attention_dropout if self.training else 0.0
-        return self.merge(attend(queries, keys, values, self.scale, dropout=dropout))
+        return self.merge(attend(queries, keys, values, self.scale, dropout=dropout), values)
 
     def weights(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B H N N"]:
         queries, keys, _ = self.project(tokens)
@@ -108,9 +110,10 @@ class Attention(nn.Module):
     def mix(
         self, weights: Float[Tensor, "B H N N"], tokens: Float[Tensor, "B N D"], grid: Grid | None = None
     ) -> Float[Tensor, "B N V"]:
-        return self.merge(weights @ self.project(tokens)[2])
+        values = self.project(tokens)[2]
+        return self.merge(weights @ values, values)
 
-    def merge(self, heads: Float[Tensor, "B H N E"]) -> Float[Tensor, "B N V"]:
-        """Heads side by side, then the output projection."""
+    def merge(self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H N E"]) -> Float[Tensor, "B N V"]:
+        """Heads side by side, then the output projection, and the values themselves where they are the skip."""
         out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, N, H * E]
-        return out
+        return out + values.transpose(1, 2).flatten(2) if self.value_skip else out
