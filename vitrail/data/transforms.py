@@ -1,7 +1,7 @@
 """From a decoded picture to the network's input, all in uint8 until the batch is on its device.
 
 `Preprocess` is the reference: evaluation, prediction, explanation and serving all go through it. Training
-goes through `TrainTransform`, whose every choice follows from one number, the seed of the sample.
+goes through data/augment.py, with the same resizing.
 """
 
 from __future__ import annotations
@@ -71,10 +71,14 @@ class Geometry(NamedTuple):
         return *self.to_picture(0, 0), *self.to_picture(*self.output)
 
 
+Window = tuple[int, int, int, int]
+"""Top, left, bottom, right, in whole pixels."""
+
+
 class Plan(NamedTuple):
     """The steps of one preprocessing: cut `window`, resize to `size`, then crop (or pad) from `corner`."""
 
-    window: tuple[int, int, int, int]
+    window: Window
     size: tuple[int, int]
     corner: tuple[int, int]
 
@@ -102,7 +106,7 @@ class Preprocess:
         top, left, bottom, right = plan.window
         image = resize(image[:, top:bottom, left:right], plan.size, record.interpolation)
         if record.in_chans == 1:
-            image = _luma(image)
+            image = luma(image)
         return _window(image, plan.corner, record.input_size, colour(record)).contiguous()
 
     def plan(self, height: int, width: int) -> Plan:
@@ -115,9 +119,7 @@ class Preprocess:
         elif record.crop_mode == "border":
             size = _fit(height, width, to_rows, to_columns, within=True)
         else:
-            window = _middle(height, width)
-            top, left, bottom, right = window
-            size = _fit(bottom - top, right - left, to_rows, to_columns, within=False)
+            window, size = cover(height, width, to_rows, to_columns)
         return Plan(window, size, (round((size[0] - rows) / 2), round((size[1] - columns) / 2)))
 
     def geometry(self, height: int, width: int) -> Geometry:
@@ -143,15 +145,18 @@ def _fit(height: int, width: int, rows: int, columns: int, within: bool) -> tupl
     return max(1, height * columns // width), columns
 
 
-def _middle(height: int, width: int) -> tuple[int, int, int, int]:
+def cover(height: int, width: int, rows: int, columns: int) -> tuple[Window, tuple[int, int]]:
+    """The window of a picture that is resized, and the size for it that just covers rows × columns."""
     tall, wide = min(height, ELONGATION * width), min(width, ELONGATION * height)
     top, left = (height - tall) // 2, (width - wide) // 2
-    return top, left, top + tall, left + wide
+    return (top, left, top + tall, left + wide), _fit(tall, wide, rows, columns, within=False)
 
 
-def _luma(image: Tensor) -> Tensor:
+def luma(image: Tensor) -> Tensor:
+    """Grey `[1, H, W]` of uint8 RGB `[3, H, W]`, by ITU-R 601 in Pillow's whole numbers."""
     red, green, blue = image.to(torch.int32)
-    return ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).to(torch.uint8)[None]
+    grey: Tensor = (red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16
+    return grey.to(torch.uint8)[None]  # [1, H, W]
 
 
 def _window(image: Tensor, corner: tuple[int, int], size: tuple[int, int], fill: Tensor) -> Tensor:
