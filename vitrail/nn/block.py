@@ -49,7 +49,10 @@ class LayerScale(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between them, applied to every token alone."""
+    """Two linear layers with a GELU between them, applied to every token alone.
+
+    `dropout` stands after each layer; a pair gives the rate after the first and after the second.
+    """
 
     def __init__(
         self,
@@ -57,24 +60,27 @@ class Mlp(nn.Module):
         hidden: int,
         *,
         out: int | None = None,
-        dropout: float = 0.0,
+        dropout: float | tuple[float, float] = 0.0,
         gelu: Literal["exact", "tanh"] = "exact",
     ) -> None:
         super().__init__()
+        inner, outer = dropout if isinstance(dropout, tuple) else (dropout, dropout)
         self.fc1 = nn.Linear(width, hidden)
         self.act = nn.GELU(approximate="none" if gelu == "exact" else "tanh")
-        self.dropout = nn.Dropout(dropout)
+        self.dropout1 = nn.Dropout(inner)
         self.fc2 = nn.Linear(hidden, width if out is None else out)
+        self.dropout2 = nn.Dropout(outer)
 
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B N V"]:
-        out: Tensor = self.dropout(self.fc2(self.dropout(self.act(self.fc1(tokens)))))
+        out: Tensor = self.dropout2(self.fc2(self.dropout1(self.act(self.fc1(tokens)))))
         return out
 
 
 class Block(nn.Module):
     """Norm, mixer, norm, MLP. Both mixer and MLP are called with tokens and their grid.
 
-    `mlp` is a hidden width, or a module where a paper puts something else in its place (PVT v2).
+    `mlp` is a hidden width, or a module where a paper puts something else in its place (PVT v2). `out` is the
+    width after a mixer that changes it and brings its own skip (T2T-ViT's token transformer, pre order only).
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Block(nn.Module):
         mixer: nn.Module,
         mlp: int | nn.Module,
         *,
+        out: int | None = None,
         order: NormOrder = "pre",
         eps: float = 1e-6,
         layer_scale: float | None = None,
@@ -91,9 +98,10 @@ class Block(nn.Module):
         gelu: Literal["exact", "tanh"] = "exact",
     ) -> None:
         super().__init__()
-        self.order = order
+        self.order, self.skips = order, out is None
         self.norm1 = nn.LayerNorm(width, eps=eps)
         self.mixer = mixer
+        width = width if out is None else out
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = nn.LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, mlp, dropout=dropout, gelu=gelu) if isinstance(mlp, int) else mlp
@@ -102,7 +110,8 @@ class Block(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
         if self.order == "pre":
-            tokens = tokens + self.drop_path(self.scale1(self.mixer(self.norm1(tokens), grid)))
+            branch = self.drop_path(self.scale1(self.mixer(self.norm1(tokens), grid)))
+            tokens = tokens + branch if self.skips else branch
             tokens = tokens + self.drop_path(self.scale2(self.mlp(self.norm2(tokens), grid)))
         elif self.order == "post":
             tokens = self.norm1(tokens + self.drop_path(self.scale1(self.mixer(tokens, grid))))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -87,6 +88,51 @@ class ConvStem(nn.Module):
             ]
             before = after
         self.layers = nn.Sequential(*layers, nn.Conv2d(before, width, 1))
+
+    def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
+        check_divides(map.shape[2], map.shape[3], self.patch)
+        return self.layers(map), prefix
+
+
+class SoftSplit(nn.Module):
+    """Cut the map into windows that overlap and lay each window's numbers side by side (T2T-ViT, section 3.1).
+
+    A cell becomes channels · kernel² numbers, channel by channel, each row by row; `width` projects them.
+    Zeros stand beyond the border.
+    """
+
+    def __init__(self, channels: int, kernel: int, stride: int, padding: int, width: int | None = None) -> None:
+        super().__init__()
+        self.kernel, self.stride, self.padding = kernel, stride, padding
+        features = channels * kernel * kernel
+        self.width = features if width is None else width
+        self.proj = nn.Identity() if width is None else nn.Linear(features, width)
+
+    def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
+        grid = [self.cells(size) for size in map.shape[2:]]
+        cells = F.unfold(map, self.kernel, padding=self.padding, stride=self.stride)  # [B, C * k * k, h * w]
+        tokens = self.proj(cells.transpose(1, 2))  # [B, h * w, D]
+        return tokens.transpose(1, 2).unflatten(2, grid), prefix  # [B, D, h, w]
+
+    def cells(self, size: int) -> int:
+        """Rows (or columns) of the grid that so many rows (or columns) of a map become."""
+        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+class MlpStem(nn.Module):
+    """Patches of 16 by linear maps of 4, 2 and 2, with batch norm and GELU (hMLP, Touvron et al. 2203.09795).
+
+    Nothing crosses a patch's border, so masking patches before or after is the same.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.patch, inner = (16, 16), width // 4
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, inner, 4, stride=4), nn.BatchNorm2d(inner), nn.GELU(),
+            nn.Conv2d(inner, inner, 2, stride=2), nn.BatchNorm2d(inner), nn.GELU(),
+            nn.Conv2d(inner, width, 2, stride=2), nn.BatchNorm2d(width),
+        )  # fmt: skip
 
     def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
         check_divides(map.shape[2], map.shape[3], self.patch)

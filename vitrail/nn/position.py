@@ -57,13 +57,21 @@ class LearnedPosition(nn.Module):
     """An entry that adds a learned table to the map, and to the prefix where the table has rows for it.
 
     `grid` is the grid that the table was made for; other grids get it resampled. `prefix` counts the prefix
-    tokens that have a position of their own (1 in ViT, 0 where positions are added before [CLS]).
+    tokens that have a position of their own (1 in ViT, 0 where positions are added before [CLS]). `frozen` is a
+    table that is kept with the weights but not trained (T2T-ViT's sinusoid).
     """
 
-    def __init__(self, width: int, grid: Grid, prefix: int = 0, dropout: float = 0.0) -> None:
+    table: Tensor
+
+    def __init__(
+        self, width: int, grid: Grid, prefix: int = 0, dropout: float = 0.0, frozen: Tensor | None = None
+    ) -> None:
         super().__init__()
         self.grid, self.prefix = grid, prefix
-        self.table = nn.Parameter(torch.zeros(1, prefix + grid.size, width))
+        if frozen is None:
+            self.table = nn.Parameter(torch.zeros(1, prefix + grid.size, width))
+        else:
+            self.register_buffer("table", frozen)
         self.dropout = nn.Dropout(dropout)
 
     def forward(

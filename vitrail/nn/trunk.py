@@ -33,16 +33,25 @@ def split(
 
 
 class Stage(nn.Module):
-    """Entry, blocks, norm. `taps` are numbers of blocks (from 0) whose output is kept as a feature map too."""
+    """Entry, blocks, norm. `taps` are numbers of blocks (from 0) whose output is kept as a feature map.
+
+    Without taps the stage's own output is the map; `shown=False` keeps it back (CaiT's patches, which its second
+    stage hands on).
+    """
 
     def __init__(
-        self, entry: nn.Module, blocks: Sequence[nn.Module], norm: nn.Module | None = None, taps: Sequence[int] = ()
+        self,
+        entry: nn.Module,
+        blocks: Sequence[nn.Module],
+        norm: nn.Module | None = None,
+        taps: Sequence[int] = (),
+        shown: bool = True,
     ) -> None:
         super().__init__()
         self.entry = entry
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.Identity() if norm is None else norm
-        self.taps = tuple(taps)
+        self.taps, self.shown = tuple(taps), shown
         self.recompute = False  # activation checkpointing, switched by set_grad_checkpointing
 
     def forward(
@@ -80,13 +89,13 @@ class Trunk(nn.Module):
         return tokens, grid
 
     def forward(self, images: Float[Tensor, "B C I J"]) -> Features:
-        """Every tapped map, and every stage's last map, fine to coarse; the prefix of the last stage."""
+        """Every tapped map, or every stage's last map, fine to coarse; the prefix of the last stage."""
         map, prefix = images, None
         maps: list[Tensor] = []
         for stage in self.stages:
             tokens, grid, tapped = stage(map, prefix)
             map, prefix = split(tokens, grid)
             maps.extend(split(kept, grid)[0] for kept in tapped)
-            if not tapped:
+            if not tapped and stage.shown:
                 maps.append(map)
         return Features(tuple(maps), prefix)
