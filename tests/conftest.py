@@ -11,8 +11,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Shapes in signatures are checked while tests run; users pay nothing for them.
+install_import_hook("vitrail.nn", "beartype.beartype")
 
 
 def _beside(name: str) -> Path:

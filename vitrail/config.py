@@ -28,7 +28,9 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     names = {field.name for field in dataclasses.fields(typing.cast(Any, kind)) if field.init}
     for name in values:
         if name not in names:
-            raise ConfigError(f"{_place(where, name)} is no field of {kind.__name__}.{suggestion(name, names)}")
+            raise ConfigError(
+                f"{_place(where, name)} is no field of {kind.__name__}.{suggestion(name, names)}"
+            )
     converted = {name: _convert(value, hints[name], _place(where, name)) for name, value in values.items()}
     try:
         return kind(**converted)
@@ -92,7 +94,9 @@ def toml_text(values: Mapping[str, Any]) -> str:
 
 
 def _toml_table(values: Mapping[str, Any], path: tuple[str, ...], lines: list[str]) -> None:
-    plain = {key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None}
+    plain = {
+        key: value for key, value in values.items() if not isinstance(value, Mapping) and value is not None
+    }
     if path and (plain or not values):
         lines.extend(["", f"[{'.'.join(_toml_key(key) for key in path)}]"])
     lines.extend(f"{_toml_key(key)} = {_toml_value(value)}" for key, value in plain.items())

@@ -5,34 +5,20 @@ Every classification family is built into this one class; what differs between p
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from typing import TYPE_CHECKING, Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.models.model import Model
 from vitrail.nn.heads import ClassHead, DistilledHead
 from vitrail.nn.shapes import ClassOutput, Features, Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from vitrail.weights.adapter import Receipt
-
-UNDECAYED = (".positions.", ".prefix.", "relative_")
-"""Parts of the names of parameters that weight decay leaves alone whatever their rank: places and tokens."""
 
 
-class Classifier(nn.Module):
+class Classifier(Model):
     """Images `[B, C, I, J]`, normalised as `card.preprocessing` says, to class logits `[B, K]`."""
-
-    name: str = ""
-    family: str = ""
-    config: Any = None
-    card: Card
-    receipt: Receipt | None = None
 
     def __init__(self, backbone: Trunk, head: ClassHead | DistilledHead) -> None:
         super().__init__()
@@ -78,10 +64,6 @@ class Classifier(nn.Module):
         return Grid(-(-rows // stride), -(-columns // stride))
 
     @property
-    def num_classes(self) -> int:
-        return int(self.config.num_classes)
-
-    @property
     def depth(self) -> int:
         """Blocks in all stages together."""
         return sum(len(stage.blocks) for stage in self._stages())
@@ -100,18 +82,12 @@ class Classifier(nn.Module):
             return before + 1 if stage else 0
         return before + len(self._stages()[stage].blocks)
 
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone besides those of rank 1: places and tokens."""
-        return {name for name, _ in self.named_parameters() if any(part in f".{name}" for part in UNDECAYED)}
-
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
         """A new last layer for other classes; everything before it keeps its weights."""
-        import dataclasses
-
         self.head.reset(num_classes)
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.card = dataclasses.replace(
@@ -127,12 +103,6 @@ class Classifier(nn.Module):
         """Whether a model with a distillation head gives both heads' logits while it trains."""
         if isinstance(self.head, DistilledHead):
             self.head.separate = on
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model folder: config.json, model.safetensors, preprocessor_config.json and README.md."""
-        from vitrail.models.loading import save_model
-
-        save_model(self, folder)
 
     def _stages(self) -> list[Stage]:
         return list(self.backbone.stages)  # type: ignore[arg-type]

@@ -13,18 +13,19 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vitrail.config import from_dict, to_dict
 from vitrail.errors import ModelError, WeightsError
 from vitrail.models import registry
+from vitrail.models.model import Model
 from vitrail.weights import adapter, files, folder, rules
 from vitrail.weights.card import Card
 
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(model: nn.Module, path: str | Path, *, replace_head: bool = False) -> adapter.Receipt:
+def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = False) -> adapter.Receipt:
     """Load a model folder or a weight file of any of the family's layouts into a model.
 
     replace_head: whether a head of another class count may be left out, so that the model keeps its own.
@@ -56,7 +57,7 @@ def load_pretrained(model: nn.Module, path: str | Path, *, replace_head: bool = 
     return receipt
 
 
-def load_folder(path: str | Path) -> nn.Module:
+def load_folder(path: str | Path) -> Model:
     """The model of a folder that vitrail saved, in evaluation mode, weights and card as they were.
 
     Raises WeightsError for a folder without vitrail's part of config.json, or whose files do not fit or changed.
@@ -69,16 +70,16 @@ def load_folder(path: str | Path) -> nn.Module:
         )
     module = registry.family_of(card.architecture)
     config = from_dict(module.Config, card.config, where=f"{path}/config.json")
-    with torch.device("meta"):
-        model = registry.from_config(card.architecture, config)
-    model.to_empty(device="cpu")
+    model = _unfilled(card.architecture, config)
     state, receipt = adapter.read(
         tensors, module.RENAMES, shapes(model), context(module, config, card), layout=card.layout or None,
         source=str(path), sha256=card.sha256,
     )  # fmt: skip
     missing = set(model.state_dict()) - set(state)
     if missing:
-        raise WeightsError(f"{path} lacks {len(missing)} tensors of {card.architecture}, such as {min(missing)}.")
+        raise WeightsError(
+            f"{path} lacks {len(missing)} tensors of {card.architecture}, such as {min(missing)}."
+        )
     model.load_state_dict(state, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -86,23 +87,34 @@ def load_folder(path: str | Path) -> nn.Module:
     return model.eval()
 
 
-def save_model(model: nn.Module, path: str | Path) -> None:
+def _unfilled(name: str, config: Any) -> Model:
+    """The network without the cost of initial weights, unless some of its tensors are computed, not stored."""
+    with torch.device("meta"):
+        model = registry.from_config(name, config)
+    computed = {buffer for buffer, _ in model.named_buffers()} - set(model.state_dict())
+    if computed:
+        with torch.random.fork_rng(devices=[]):
+            return registry.from_config(name, config)
+    return model.to_empty(device="cpu")
+
+
+def save_model(model: Model, path: str | Path) -> None:
     """Write the model folder, its weights under the names of the family's first layout."""
     module = registry.family_of(model.name)
     layout = module.RENAMES[0]
     state = adapter.write(
-        {name: tensor.detach() for name, tensor in model.state_dict().items()}, layout, context(module, model.config)
+        {name: tensor.detach() for name, tensor in model.state_dict().items()},
+        layout,
+        context(module, model.config),
     )
-    describe = getattr(module, "timm_arguments", None)
     card = dataclasses.replace(
         model.card,
         architecture=model.name,
         config=to_dict(model.config),
         layout=layout.name,
-        model_args=describe(model.config) if describe is not None else {},
     )
-    folder.save(path, state, card)
-    model.card = card
+    library = layout.describe(model.name, model.config) if layout.describe is not None else {}
+    model.card = folder.save(path, state, card, library)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Card | None, str]:
@@ -125,7 +137,7 @@ def context(module: ModuleType, config: Any, card: Card | None = None) -> dict[s
     return known
 
 
-def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+def shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -155,7 +167,7 @@ def candidates(skip: str = "") -> Iterator[adapter.Candidate]:
         yield adapter.Candidate(name, module.RENAMES, shapes(model), context(module, config))
 
 
-def _check_family(model: nn.Module, module: ModuleType, card: Card, path: str | Path) -> None:
+def _check_family(model: Model, module: ModuleType, card: Card, path: str | Path) -> None:
     try:
         theirs = registry.family_of(card.architecture)
     except ModelError:
@@ -181,4 +193,3 @@ def _adopt(ours: Card, theirs: Card, keep_labels: bool) -> Card:
         data=theirs.data,
         notes=theirs.notes,
     )
-

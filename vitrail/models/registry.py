@@ -15,10 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
-
 from vitrail import config as records
 from vitrail.errors import ConfigError, ModelError, suggestion
+from vitrail.models.model import Model
 from vitrail.weights.card import Card
 
 FAMILIES: dict[str, str] = {
@@ -81,7 +80,7 @@ def create_model(
     img_size: int | tuple[int, int] | None = None,
     in_chans: int | None = None,
     **changes: Any,
-) -> nn.Module:
+) -> Model:
     """Build a model by name, and load weights into it where a path is given.
 
     name: a variant (`list_models()`), with or without a `.tag`, or `package.module:variant`.
@@ -107,16 +106,16 @@ def create_model(
     return model
 
 
-def from_config(name: str, config: Any) -> nn.Module:
+def from_config(name: str, config: Any) -> Model:
     """The network of a configuration, with name, family, configuration and card attached."""
     module = family_of(name)
-    model: nn.Module = module.build(config)
+    model: Model = module.build(config)
     model.name, model.family, model.config = _bare(name), family_name(module), config
     model.card = default_card(name, config)
     return model
 
 
-def from_pretrained(folder: str | Path) -> nn.Module:
+def from_pretrained(folder: str | Path) -> Model:
     """The model of a folder that vitrail saved, ready to use (evaluation mode)."""
     from vitrail.models.loading import load_folder
 
@@ -176,5 +175,3 @@ def _outside(path: str) -> ModuleType:
 
 def _is_pair(hint: Any) -> bool:
     return typing.get_origin(hint) is tuple and typing.get_args(hint) == (int, int)
-
-

@@ -112,16 +112,22 @@ def _check(config: Config) -> None:
         if not 0.0 <= getattr(config, name) < 1.0:
             raise ModelError(f"{name} must lie in [0, 1); got {getattr(config, name)}.")
     if min(config.img_size) < 1 or min(config.patch_size) < 1:
-        raise ModelError(f"Sizes must be at least 1; got img_size {config.img_size}, patch_size {config.patch_size}.")
+        raise ModelError(
+            f"Sizes must be at least 1; got img_size {config.img_size}, patch_size {config.patch_size}."
+        )
     if config.width % config.heads:
-        raise ModelError(f"The width must be a multiple of the heads; got width {config.width}, {config.heads} heads.")
+        raise ModelError(
+            f"The width must be a multiple of the heads; got width {config.width}, {config.heads} heads."
+        )
     check_divides(*config.img_size, config.patch_size)
     if config.pool == "token" and not config.class_token:
         raise ModelError("pool='token' reads [CLS]: set class_token=True, or take pool='mean' or 'flatten'.")
     if config.pool_norm == "after" and config.pool != "mean":
         raise ModelError(f"pool_norm='after' goes with pool='mean'; got pool={config.pool!r}.")
     if config.pool_norm == "after" and config.norm_order == "post":
-        raise ModelError("norm_order='post' has no last norm to put after the pooling: take pool_norm='before'.")
+        raise ModelError(
+            "norm_order='post' has no last norm to put after the pooling: take pool_norm='before'."
+        )
     if config.position == "sincos2d" and config.class_token and config.position_on_prefix:
         raise ModelError(
             "position='sincos2d' has no place for [CLS]: set position_on_prefix=False, or take 'learned' or 'sincos1d'."
@@ -209,7 +215,9 @@ def _entry(config: Config, grid: Grid) -> Chain:
         parts["positions"] = positions
     counts = {"cls": int(config.class_token), "registers": config.registers}
     if any(counts.values()):
-        parts["prefix"] = PrefixTokens(config.width, **{name: count for name, count in counts.items() if count})
+        parts["prefix"] = PrefixTokens(
+            config.width, **{name: count for name, count in counts.items() if count}
+        )
     if positions is not None and on_prefix:
         parts["positions"] = positions
     if config.position == "none" and config.drop_rate:

@@ -38,7 +38,9 @@ def attend(
         queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and native_bf16()
     )
     if not plain:
-        return F.scaled_dot_product_attention(queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale)
+        return F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale
+        )
     weights = attention_weights(queries, keys, scale, bias)
     return (F.dropout(weights, dropout) if dropout else weights) @ values
 
@@ -82,7 +84,9 @@ class Attention(nn.Module):
         super().__init__()
         inner = width if inner is None else inner
         if inner % heads:
-            raise ModelError(f"The width of attention must be a multiple of its heads; got {inner} and {heads} heads.")
+            raise ModelError(
+                f"The width of attention must be a multiple of its heads; got {inner} and {heads} heads."
+            )
         self.heads, self.scale = heads, (inner // heads) ** -0.5 if scale is None else scale
         self.attention_dropout, self.value_skip = attention_dropout, value_skip
         self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
@@ -113,7 +117,9 @@ class Attention(nn.Module):
         values = self.project(tokens)[2]
         return self.merge(weights @ values, values)
 
-    def merge(self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H N E"]) -> Float[Tensor, "B N V"]:
+    def merge(
+        self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H N E"]
+    ) -> Float[Tensor, "B N V"]:
         """Heads side by side, then the output projection, and the values themselves where they are the skip."""
         out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, N, H * E]
         return out + values.transpose(1, 2).flatten(2) if self.value_skip else out

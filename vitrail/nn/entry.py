@@ -7,6 +7,7 @@ merging and pooling are all entries, and they chain.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -37,21 +38,38 @@ class Patchify(nn.Module):
     """Cut the map into patches, flatten each, project it to the width (ViT, equation 1).
 
     One convolution whose kernel equals its stride is the same as unfold and linear: 16 x 16 x 3 = 768 numbers
-    a patch become `width`. Raises ModelError where the patch does not divide the image.
+    a patch become `width`. Where the patch does not divide the map, `rest` says what happens: "refuse" raises
+    ModelError (ViT), "pad" adds zeros below and to the right (Swin), "drop" leaves the last pixels out (PVT).
     """
 
     def __init__(
-        self, channels: int, width: int, patch: tuple[int, int], *, bias: bool = True, norm: nn.Module | None = None
+        self,
+        channels: int,
+        width: int,
+        patch: tuple[int, int],
+        *,
+        bias: bool = True,
+        norm: nn.Module | None = None,
+        rest: Literal["refuse", "pad", "drop"] = "refuse",
     ) -> None:
         super().__init__()
-        self.patch = patch
+        self.patch, self.rest = patch, rest
         self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch, bias=bias)
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
-        check_divides(map.shape[2], map.shape[3], self.patch)
+        if self.rest == "refuse":
+            check_divides(map.shape[2], map.shape[3], self.patch)
+        elif self.rest == "pad":
+            map = pad_to(map, self.patch)
         tokens = self.proj(map).permute(0, 2, 3, 1)  # [B, h, w, D]
         return self.norm(tokens).permute(0, 3, 1, 2), prefix  # [B, D, h, w]
+
+
+def pad_to(map: Map, step: tuple[int, int]) -> Map:
+    """The map with zeros below and to the right, up to multiples of a step."""
+    below, right = -map.shape[2] % step[0], -map.shape[3] % step[1]
+    return F.pad(map, (0, right, 0, below)) if below or right else map
 
 
 def check_divides(rows: int, columns: int, patch: tuple[int, int]) -> None:
@@ -101,7 +119,9 @@ class SoftSplit(nn.Module):
     Zeros stand beyond the border.
     """
 
-    def __init__(self, channels: int, kernel: int, stride: int, padding: int, width: int | None = None) -> None:
+    def __init__(
+        self, channels: int, kernel: int, stride: int, padding: int, width: int | None = None
+    ) -> None:
         super().__init__()
         self.kernel, self.stride, self.padding = kernel, stride, padding
         features = channels * kernel * kernel

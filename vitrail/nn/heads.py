@@ -91,7 +91,9 @@ class DistilledHead(nn.Module):
     While `separate` is set and the module trains, the pair is returned, for a loss on each.
     """
 
-    def __init__(self, width: int, num_classes: int, *, norm: nn.Module | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self, width: int, num_classes: int, *, norm: nn.Module | None = None, dropout: float = 0.0
+    ) -> None:
         super().__init__()
         self.norm = nn.Identity() if norm is None else norm
         self.dropout = nn.Dropout(dropout)
@@ -117,7 +119,9 @@ class DistilledHead(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         if not isinstance(self.linear, nn.Linear):
-            raise ModelError("A head without classes cannot be given new ones: build the model with num_classes.")
+            raise ModelError(
+                "A head without classes cannot be given new ones: build the model with num_classes."
+            )
         features = self.linear.in_features
         self.linear = fresh_like(self.linear, features, num_classes)
         self.distilled = fresh_like(self.distilled, features, num_classes)
@@ -137,5 +141,3 @@ def fresh_like(old: nn.Module, features: int, num_classes: int) -> nn.Module:
         if isinstance(old, nn.Linear):
             layer = layer.to(device=old.weight.device, dtype=old.weight.dtype)
     return layer
-
-

@@ -76,3 +76,34 @@ def zero_head(model: nn.Module) -> None:
 def skip_on_meta(model: nn.Module) -> bool:
     """Whether there is nothing to fill: the model was built for its shapes alone."""
     return any(parameter.device == torch.device("meta") for parameter in model.parameters())
+
+
+def init_pvt_v2(model: nn.Module) -> None:
+    """PVT v2: linear layers as in DeiT; every convolution N(0, 2 / fan out), fan out = k² · outputs / groups."""
+    init_trunc_normal(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            outputs = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
+            nn.init.normal_(module.weight, std=math.sqrt(2.0 / outputs))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def init_swin(model: nn.Module) -> None:
+    """Swin: linear layers as in DeiT, relative tables N(0, 0.02). Swin v2's block norms start at zero, so that a
+    fresh block is the identity."""
+    init_trunc_normal(model)
+    for name, parameter in model.named_parameters():
+        if name.endswith("relative_bias.table"):
+            nn.init.trunc_normal_(parameter, std=0.02)
+    for module in model.modules():
+        if getattr(module, "order", "") == "res-post":
+            for norm in (module.norm1, module.norm2):
+                nn.init.zeros_(norm.weight)  # type: ignore[union-attr, arg-type]
+
+
+def init_pit(model: nn.Module) -> None:
+    """PiT: positions and class tokens N(0, 0.02); linear layers and convolutions keep torch's default."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("positions.table") or ".prefix." in name:
+            nn.init.trunc_normal_(parameter, std=0.02)

@@ -17,17 +17,22 @@ from vitrail.errors import ModelError
 from vitrail.nn.shapes import Grid
 
 PositionKind = Literal["learned", "sincos1d", "sincos2d", "none"]
+Resampling = Literal["bicubic", "bilinear"]
 
 
 def resample_table(
-    table: Float[Tensor, "one N D"], old: Grid, new: Grid, prefix: int = 0, antialias: bool = True
+    table: Float[Tensor, "one N D"], old: Grid, new: Grid, prefix: int = 0, method: Resampling = "bicubic"
 ) -> Float[Tensor, "one M D"]:
-    """A table of positions at another grid: bicubic over the grid, in float32; prefix rows are left alone."""
+    """A table of positions at another grid, in float32; prefix rows are left alone.
+
+    "bicubic" is antialiased (timm), "bilinear" is not (PVT).
+    """
     if not torch.compiler.is_exporting() and old == new:  # an exported graph keeps its size free
         return table
     head, body = table[:, :prefix], table[:, prefix:]
     image = body.float().transpose(1, 2).unflatten(2, tuple(old))  # [1, D, h, w]
-    image = F.interpolate(image, size=tuple(new), mode="bicubic", antialias=antialias, align_corners=False)
+    antialias = method == "bicubic"
+    image = F.interpolate(image, size=tuple(new), mode=method, antialias=antialias, align_corners=False)
     return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # [1, P + h' * w', D]
 
 
@@ -58,16 +63,22 @@ class LearnedPosition(nn.Module):
 
     `grid` is the grid that the table was made for; other grids get it resampled. `prefix` counts the prefix
     tokens that have a position of their own (1 in ViT, 0 where positions are added before [CLS]). `frozen` is a
-    table that is kept with the weights but not trained (T2T-ViT's sinusoid).
+    table that is kept with the weights but not trained (T2T-ViT's sinusoid). `resampling` is `resample_table`'s.
     """
 
     table: Tensor
 
     def __init__(
-        self, width: int, grid: Grid, prefix: int = 0, dropout: float = 0.0, frozen: Tensor | None = None
+        self,
+        width: int,
+        grid: Grid,
+        prefix: int = 0,
+        dropout: float = 0.0,
+        frozen: Tensor | None = None,
+        resampling: Resampling = "bicubic",
     ) -> None:
         super().__init__()
-        self.grid, self.prefix = grid, prefix
+        self.grid, self.prefix, self.resampling = grid, prefix, resampling
         if frozen is None:
             self.table = nn.Parameter(torch.zeros(1, prefix + grid.size, width))
         else:
@@ -78,7 +89,7 @@ class LearnedPosition(nn.Module):
         self, map: Float[Tensor, "B D h w"], prefix: Float[Tensor, "B P D"] | None
     ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
         grid = Grid(map.shape[2], map.shape[3])
-        table = resample_table(self.table, self.grid, grid, self.prefix)
+        table = resample_table(self.table, self.grid, grid, self.prefix, self.resampling)
         return _add(map, prefix, table, self.prefix, self.dropout)
 
     def extra_repr(self) -> str:
@@ -98,7 +109,9 @@ class SinCosPosition(nn.Module):
                 " (position_on_prefix=False), or take sincos1d or learned."
             )
         if kind == "sincos2d" and width % 4:
-            raise ModelError(f"Sine/cosine positions in two dimensions need a width that 4 divides; got {width}.")
+            raise ModelError(
+                f"Sine/cosine positions in two dimensions need a width that 4 divides; got {width}."
+            )
         self.width, self.kind, self.prefix = width, kind, prefix
         self.dropout = nn.Dropout(dropout)
 
@@ -106,8 +119,10 @@ class SinCosPosition(nn.Module):
         self, map: Float[Tensor, "B D h w"], prefix: Float[Tensor, "B P D"] | None
     ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
         grid = Grid(map.shape[2], map.shape[3])
-        table = sincos_1d(self.prefix + grid.size, self.width) if self.kind == "sincos1d" else sincos_2d(
-            grid, self.width
+        table = (
+            sincos_1d(self.prefix + grid.size, self.width)
+            if self.kind == "sincos1d"
+            else sincos_2d(grid, self.width)
         )
         return _add(map, prefix, table.to(map), self.prefix, self.dropout)
 
@@ -121,5 +136,3 @@ def _add(
     if prefix is not None and rows:
         prefix = dropout(torch.cat([prefix[:, :rows] + table[:, :rows], prefix[:, rows:]], dim=1))
     return map, prefix
-
-
