@@ -26,9 +26,10 @@ logger = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
-# A rank that has died is noticed at once; this bounds the wait for one that hangs, so that a job ends within
-# a minute.
+# A process that has died is noticed at once; this bounds the wait for one that hangs, so that a job says so
+# within a minute. Writing a large checkpoint may take longer, so waiting for that has a bound of its own.
 PATIENCE = timedelta(seconds=45)
+LONG_PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,8 @@ class Runtime:
     scaler: torch.amp.GradScaler | None = None
     control: Any = None
     """Group of the small numbers on the CPU: losses, flags, counts."""
+    slow: Any = None
+    """The same group with `LONG_PATIENCE`."""
 
     @property
     def main(self) -> bool:
@@ -132,8 +135,10 @@ class Runtime:
         return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
 
     def barrier(self) -> None:
-        """Waits for the other processes; TrainingError when one stays away for longer than `PATIENCE`."""
-        self.sum([0.0])
+        """Waits for the other processes, the main one may be writing a checkpoint."""
+        if self.world > 1:
+            with self.watch("waiting for the others"):
+                distributed.all_reduce(torch.zeros(1), group=self.slow)
 
     def gather(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Whole copies on the CPU in the main process, and nothing elsewhere.
@@ -210,7 +215,7 @@ def open_runtime(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
-    control = None
+    control = slow = None
     if world > 1:
         if place.type == "cuda":
             torch.cuda.set_device(place)
@@ -218,9 +223,17 @@ def open_runtime(
         if not distributed.is_initialized():
             distributed.init_process_group(backend, timeout=PATIENCE)
         control = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        slow = distributed.new_group(backend="gloo", timeout=LONG_PATIENCE)
     scaler = torch.amp.GradScaler(place.type) if chosen == "fp16" else None
     return Runtime(
-        device=place, precision=chosen, rank=rank, world=world, shard=shard, scaler=scaler, control=control
+        device=place,
+        precision=chosen,
+        rank=rank,
+        world=world,
+        shard=shard,
+        scaler=scaler,
+        control=control,
+        slow=slow,
     )
 
 

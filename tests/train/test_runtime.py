@@ -1,0 +1,97 @@
+"""Where a run computes: devices, precisions, and several processes that agree with one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train import processes as processes_
+from vitrail.errors import ConfigError, UnsupportedError
+from vitrail.runtime import choose_device, choose_precision, has_bfloat16, open_runtime
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(folder: Path, mode: str, processes: int) -> subprocess.CompletedProcess[str]:
+    """Runs tests/train/processes.py in several processes, started by torchrun."""
+    start = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    script = str(Path(__file__).with_name("processes.py"))
+    return subprocess.run(
+        [*start, script, str(folder), mode], env=environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def found(folder: Path, mode: str, processes: int) -> dict[str, Any]:
+    folder.mkdir()
+    if processes == 1:
+        assert processes_.main(folder, mode) == 0
+    else:
+        done = launch(folder, mode, processes)
+        assert done.returncode == 0, done.stderr
+    result: dict[str, Any] = json.loads((folder / "found.json").read_text())
+    return result
+
+
+def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    one, two = found(tmp_path / "one", "losses", 1), found(tmp_path / "two", "losses", 2)
+    assert len(one["losses"]) == 12
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["sum"] == pytest.approx(one["sum"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_sharded_processes_give_the_losses_of_one(tmp_path: Path) -> None:
+    one, two = found(tmp_path / "one", "losses", 1), found(tmp_path / "two", "shard", 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["average"] == pytest.approx(one["average"], rel=1e-4)
+    assert two["memory"] == one["memory"]
+
+
+@pytest.mark.parametrize("mode", ["die", pytest.param("hang", marks=pytest.mark.slow)])
+def test_a_lost_process_ends_the_job_within_a_minute(tmp_path: Path, mode: str) -> None:
+    start = time.monotonic()
+    done = launch(tmp_path, mode, 2)
+    assert done.returncode != 0
+    assert time.monotonic() - start < 60
+    if mode == "hang":
+        assert "lost another process" in (tmp_path / "error-0.txt").read_text()
+
+
+def test_one_process_needs_no_others() -> None:
+    runtime = open_runtime("cpu", "auto")
+    assert runtime.main and runtime.world == 1
+    assert runtime.mean([2.0, 3.0]) == [2.0, 3.0]
+    assert runtime.any(True) and not runtime.any(False)
+    assert runtime.agree("here") == ["here"]
+    runtime.barrier()
+    runtime.close()
+
+
+def test_bf16_only_where_the_chip_computes_in_it() -> None:
+    expected = "bf16" if has_bfloat16(torch.device("cpu")) else "fp32"
+    assert choose_precision("auto", torch.device("cpu")) == expected
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "tpu"])
+def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+    with pytest.raises(ConfigError, match="cpu"):
+        choose_device(device)
+
+
+def test_impossible_wishes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="needs CUDA"):
+        choose_precision("fp16", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="auto, fp32, bf16"):
+        choose_precision("int8", torch.device("cpu"))
+    with pytest.raises(UnsupportedError, match="more than one process"):
+        open_runtime("cpu", shard=True)
