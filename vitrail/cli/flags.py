@@ -70,7 +70,9 @@ def parser(record: type, program: str, positional: Sequence[str] = ()) -> argpar
     for field in dataclasses.fields(record):
         text = notes[field.name].text.replace("%", "%%")
         title = "arguments" if field.name in positional else notes[field.name].group or "options"
-        group = groups.setdefault(title, made.add_argument_group(title) if title not in groups else None)
+        if title not in groups:
+            groups[title] = made.add_argument_group(title)
+        group = groups[title]
         shown = _default_text(field.default)
         help_text = f"{text} [{shown}]" if shown else text
         if field.name in positional:

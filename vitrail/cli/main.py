@@ -11,7 +11,6 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vitrail.errors import ConfigError, VitrailError, suggestion
@@ -108,25 +107,21 @@ def run(command: Command, arguments: Sequence[str]) -> int:
         return 0
     given = flags.read(parser, arguments)
     if "recipe" in given:
-        given = recipe(given["recipe"]) | given
+        given = recipe(given)
     verbs = importlib.import_module("vitrail.cli.verbs")
     do: Callable[[Any], int] = getattr(verbs, command.verb)
     return do(flags.complete(record, given, program))
 
 
-def recipe(name: str) -> dict[str, Any]:
-    """The fields that a recipe sets: a TOML file, or the name of one that comes with vitrail."""
+def recipe(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, over what its recipe sets."""
     from vitrail.config import read_toml
+    from vitrail.jobs.plan import find_recipe
 
-    home = Path(__file__).parents[1] / "recipes"
-    homes = [home, home.parents[1] / "recipes"]  # in a wheel, and in a checkout
-    shipped = {path.stem: path for folder in homes for path in sorted(folder.glob("**/*.toml"))}
-    if name in shipped and not Path(name).exists():
-        return read_toml(shipped[name])
-    if not Path(name).exists() and not name.endswith(".toml"):
-        near = suggestion(name, shipped) or f" The recipes are: {', '.join(shipped)}."
-        raise ConfigError(f"There is no recipe {name}.{near}")
-    return read_toml(name)
+    path = find_recipe(given["recipe"])
+    print(f"recipe: {path}", file=sys.stderr)
+    # The name is not handed on: the job would take a flag that equals a default for one that was not given.
+    return read_toml(path) | {name: value for name, value in given.items() if name != "recipe"}
 
 
 def overview() -> str:

@@ -1,0 +1,290 @@
+"""`vitrail bench`: speed, memory, parameters and FLOPs of a network, and of its peers in the same run.
+
+Contenders take turns round by round, so that a change of the machine's mood meets all of them. All get the
+same synthetic images, the same optimiser (fused AdamW) and the same precision by autocast. Memory is measured
+in a process of its own for each contender: how far its peak (resident size; on CUDA the allocator's) grows
+from before the network is built to the end of the second round.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vitrail.errors import ConfigError
+from vitrail.jobs.models import Cost, cost
+from vitrail.models import registry
+from vitrail.runs import BenchRun
+from vitrail.runtime import Precision, Runtime, choose_device, choose_precision
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["train", "inference"]
+
+
+class Speed(NamedTuple):
+    """One contender in one mode."""
+
+    contender: str
+    mode: Mode
+    best: float
+    """Images a second in the fastest round."""
+    median: float
+    """Images a second in the middle round."""
+    memory: int
+    """Bytes that building and one round added to the process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark:
+    """What was measured, and on what."""
+
+    model: str
+    cost: Cost
+    img_size: tuple[int, int]
+    batch_size: int
+    device: str
+    precision: str
+    threads: int
+    repeats: int
+    speeds: tuple[Speed, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """What a contender is built from; plain, so that it can be handed to another process."""
+
+    maker: str
+    model: str
+    img_size: tuple[int, int]
+    batch_size: int
+    device: str
+    precision: Precision
+    compile: bool
+
+
+def bench(run: BenchRun, watch: Callable[[int, int], None] | None = None) -> Benchmark:
+    """Measure; `watch` is called with (rounds done, rounds in all). Raises ConfigError on sizes below 1."""
+    if run.batch_size < 1 or run.repeats < 1:
+        raise ConfigError(
+            f"batch-size and repeats must be at least 1; got {run.batch_size} and {run.repeats}."
+        )
+    device = choose_device(run.device)
+    precision = choose_precision(run.precision, device)
+    with torch.device("meta"):
+        counted = _network(run.model, _size(run.img_size))
+    size: tuple[int, int] = counted.config.img_size
+    makers = ["vitrail", *(peers_of(counted) if run.peers else [])]
+    subjects = [
+        Subject(
+            maker=maker,
+            model=run.model,
+            img_size=size,
+            batch_size=run.batch_size,
+            device=str(device),
+            precision=precision,
+            compile=run.compile,
+        )
+        for maker in makers
+    ]
+    modes: tuple[Mode, ...] = ("inference", "train") if run.mode == "both" else (run.mode,)
+    total, done = len(modes) * len(subjects) * (run.repeats + 1), 0
+    speeds: list[Speed] = []
+    for mode in modes:
+        rounds = [_round(subject, mode) for subject in subjects]
+        times: list[list[float]] = [[] for _ in subjects]
+        for repeat in range(run.repeats + 1):
+            for one_round, kept in zip(rounds, times, strict=True):
+                seconds = _timed(one_round, device)
+                kept.extend([seconds] if repeat else [])  # the first round warms up
+                done += 1
+                if watch is not None:
+                    watch(done, total)
+        del rounds
+        for subject, kept in zip(subjects, times, strict=True):
+            best, middle = subject.batch_size / min(kept), subject.batch_size / statistics.median(kept)
+            speeds.append(Speed(subject.maker, mode, best, middle, _memory_apart(subject, mode)))
+    return Benchmark(
+        model=run.model,
+        cost=cost(counted, size, counted.config.in_chans),
+        img_size=size,
+        batch_size=run.batch_size,
+        device=str(device),
+        precision=precision,
+        threads=torch.get_num_threads(),
+        repeats=run.repeats,
+        speeds=tuple(speeds),
+    )
+
+
+def peers_of(model: Any) -> list[str]:
+    """The installed packages that have this very network; each absent one is said aloud."""
+    found = []
+    for maker, has in (("timm", _in_timm), ("transformers", _in_transformers)):
+        try:
+            if has(model):
+                found.append(maker)
+            else:
+                logger.info("%s has no network of the shape of %s.", maker, model.name)
+        except ImportError:
+            logger.warning("%s is not installed; pip install 'vitrail[peers]' brings it.", maker)
+    return found
+
+
+def _in_timm(model: Any) -> bool:
+    import timm
+
+    return bool(timm.is_model(model.name))
+
+
+def _in_transformers(model: Any) -> bool:
+    from transformers import ViTForImageClassification
+
+    plain = model.family == "vit" and getattr(model.config, "stem", "") == "patch"
+    return plain and ViTForImageClassification is not None
+
+
+def build(subject: Subject) -> nn.Module:
+    """The contender's network with random weights on its device; its output is logits, or has them."""
+    torch.manual_seed(0)
+    if subject.maker == "vitrail":
+        model: nn.Module = _network(subject.model, subject.img_size)
+    elif subject.maker == "timm":
+        import timm
+
+        model = timm.create_model(_named(subject.model), img_size=subject.img_size)
+    else:
+        model = _transformers_twin(registry.variant(_named(subject.model), img_size=subject.img_size))
+    model.to(torch.device(subject.device))
+    if subject.compile:
+        model.compile()
+    return model
+
+
+def _transformers_twin(config: Any) -> nn.Module:
+    """transformers' ViT with the sizes of ours."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    make: Any = ViTConfig  # its signature does not name the fields of its parents
+    shape = make(
+        hidden_size=config.width,
+        num_hidden_layers=config.depth,
+        num_attention_heads=config.heads,
+        intermediate_size=config.hidden,
+        image_size=config.img_size,
+        patch_size=config.patch_size,
+        num_labels=config.num_classes,
+    )
+    return ViTForImageClassification(shape)
+
+
+def _network(model: str, img_size: tuple[int, int] | None) -> Any:
+    """A network by name, or that of a folder, with random weights: speed does not depend on them."""
+    changes: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    if Path(model).exists():
+        from vitrail.engines.pytorch import model_folder
+
+        with torch.device("cpu"):
+            kept = registry.from_pretrained(model_folder(model))
+        return registry.from_config(str(kept.name), registry.changed(kept.config, **changes))
+    return registry.create_model(model, **changes)
+
+
+def _named(model: str) -> str:
+    """The name of the network in a folder, or the name itself."""
+    return str(_network(model, None).name) if Path(model).exists() else model
+
+
+def _size(given: tuple[int, ...]) -> tuple[int, int] | None:
+    if len(given) > 2:
+        raise ConfigError(f"img-size takes one number, or rows and columns; got {' '.join(map(str, given))}.")
+    return (given[0], given[-1]) if given else None
+
+
+def _round(subject: Subject, mode: Mode) -> Callable[[], object]:
+    """One round of a contender: a forward pass, or a whole training step."""
+    model = build(subject)
+    device = torch.device(subject.device)
+    runtime = Runtime(device=device, precision=subject.precision)
+    channels = 3 if subject.maker != "vitrail" else int(model.config.in_chans)  # type: ignore[union-attr, arg-type]
+    images = torch.randn(subject.batch_size, channels, *subject.img_size, device=device)
+    if mode == "inference":
+        model.eval()
+
+        def infer() -> Tensor:
+            with torch.no_grad(), runtime.autocast():
+                return _logits(model(images))
+
+        return infer
+    model.train()
+    with torch.no_grad():
+        classes = _logits(model(images[:1])).shape[1]
+    targets = torch.randint(classes, (subject.batch_size,), device=device)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
+
+    def step() -> float:
+        with runtime.autocast():
+            loss = F.cross_entropy(_logits(model(images)).float(), targets)
+        torch.autograd.backward(loss)
+        optimiser.step()
+        optimiser.zero_grad()
+        return float(loss.detach())
+
+    return step
+
+
+def _logits(output: Any) -> Tensor:
+    logits: Tensor = getattr(output, "logits", output)
+    return logits
+
+
+def _timed(one_round: Callable[[], object], device: torch.device) -> float:
+    start = time.perf_counter()
+    one_round()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _memory_apart(subject: Subject, mode: Mode) -> int:
+    """`_memory` in a fresh process, so that nothing of another contender is counted."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_memory, (subject, mode))
+
+
+def _memory(subject: Subject, mode: Mode) -> int:
+    device = torch.device(subject.device)
+    if subject.maker != "vitrail":
+        __import__(subject.maker)  # the package itself is not what is measured
+    if device.type == "cuda":
+        for _ in range(2):
+            _round(subject, mode)()
+        return torch.cuda.max_memory_allocated(device)
+    torch.zeros(8).exp_()  # torch's own start is not the network's
+    before = _peak()
+    one_round = _round(subject, mode)
+    for _ in range(2):
+        one_round()
+    return _peak() - before
+
+
+def _peak() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what the process was before exec, too: its parent's size
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
