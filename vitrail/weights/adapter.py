@@ -126,7 +126,7 @@ def read(
         Tensors by our names (all that are expected, but those in `receipt.fresh`), and the receipt.
 
     Raises:
-        WeightsError: no layout is recognised, or two are; a tensor is missing, left over or of the wrong shape.
+        WeightsError: no layout is recognised, or two are; a tensor is missing, left over or of wrong shape.
             The message names tensors, shapes and the nearest match.
     """
     where = source or "The weights"

@@ -98,9 +98,6 @@ class Card:
     config: Mapping[str, Any] = field(default_factory=dict)
     """The family's Config as plain data."""
 
-    model_args: Mapping[str, Any] = field(default_factory=dict)
-    """timm's keyword arguments that turn `architecture` into this very network (`img_size`, ...)."""
-
     layout: str = ""
     """Name of the key layout in which `model.safetensors` is written; empty where unknown."""
 
@@ -132,8 +129,12 @@ class Card:
             return int(self.config["num_classes"])
         return None if self.labels is None else len(self.labels)
 
-    def to_json(self) -> dict[str, Any]:
-        """The content of `config.json`: timm's and transformers' keys, and `"vitrail"` for the rest."""
+    def to_json(self, library: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The content of `config.json`: timm's and transformers' keys, and `"vitrail"` for the rest.
+
+        library: keys in another library's own words, such as timm's `architecture` and `model_args`. With
+            transformers' `model_type` the keys that would make transformers think of timm stay inside.
+        """
         view: dict[str, Any] = {"architecture": self.architecture}
         if self.num_classes is not None:
             view["num_classes"] = self.num_classes
@@ -141,11 +142,9 @@ class Card:
             view["label_names"] = list(self.labels)
             view["id2label"] = {str(index): label for index, label in enumerate(self.labels)}
             view["label2id"] = {label: index for index, label in enumerate(self.labels)}
-        if self.model_args:
-            view["model_args"] = dict(self.model_args)
-        view["pretrained_cfg"] = self._pretrained_cfg()
-        view["vitrail"] = {
+        own: dict[str, Any] = {
             "format": FORMAT,
+            "architecture": self.architecture,
             "task": self.task,
             "config": dict(self.config),
             "layout": self.layout,
@@ -157,7 +156,11 @@ class Card:
             "data": self.data,
             "notes": self.notes,
         }
-        return view
+        native = "model_type" in (library or {})
+        (own if native else view)["pretrained_cfg"] = self._pretrained_cfg()
+        if native:
+            del view["architecture"]
+        return {**view, **(library or {}), "vitrail": own}
 
     def _pretrained_cfg(self) -> dict[str, Any]:
         wanted = self.preprocessing
@@ -223,12 +226,11 @@ class Card:
             if not config and "num_classes" in view:
                 config["num_classes"] = int(view["num_classes"])
             return cls(
-                architecture=str(view.get("architecture") or ""),
+                architecture=str(own.get("architecture") or view.get("architecture") or ""),
                 task=own.get("task", "image-classification"),
                 labels=_labels(view),
-                preprocessing=_preprocessing(view, preprocessor or {}),
+                preprocessing=_preprocessing({**own, **view}, preprocessor or {}),
                 config=config,
-                model_args=dict(view.get("model_args") or {}),
                 layout=own.get("layout", ""),
                 licence=own.get("licence") or (view.get("pretrained_cfg") or {}).get("license") or "",
                 source=own.get("source", ""),

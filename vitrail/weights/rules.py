@@ -7,7 +7,7 @@
 `{i}` is a number; theirs may hold sums of it (`{i+1}`, `{2*i-1}`). `{a|b}` writes several rules in one: the
 first word on one side belongs to the first on the other, also in `how`. Several rules may make one tensor
 of ours: reading takes the first whose tensors are in the file, writing takes the first. A name of theirs that
-ends in `[{i}]` is one slice of a stacked tensor. An empty name of theirs stands for zeros like its neighbours.
+ends in `[{i}]` is one slice of a stacked tensor. An empty name of theirs stands for zeros like its kin.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class Layout:
     prefixes: tuple[str, ...] = ()
     """Beginnings that a file's keys may have or lack (`vit.`, `backbone.`); WRAPPERS always count."""
 
-    describe: Callable[[Any], dict[str, Any]] | None = None
-    """That library's own `config.json` keys for a family's Config, where its files have such a thing."""
+    describe: Callable[[str, Any], dict[str, Any]] | None = None
+    """That library's own `config.json` keys for a variant's name and Config, where it has such a file."""
 
 
 class Match(NamedTuple):
