@@ -1,0 +1,81 @@
+"""Attention and the block, against the definitions written out in loops and float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from vitrail.errors import ModelError
+from vitrail.nn.attention import Attention, attend
+from vitrail.nn.block import Block, DropPath, drop_path_rates
+from vitrail.nn.shapes import Grid
+
+
+def test_attention_is_what_the_paper_writes() -> None:
+    torch.manual_seed(0)
+    mixer = Attention(12, 3, qk_norm=True).double()
+    tokens = torch.randn(2, 5, 12, dtype=torch.float64)
+    weight, bias = mixer.qkv.weight, mixer.qkv.bias
+    heads = []
+    for head in range(3):
+        rows = slice(head * 4, head * 4 + 4)
+        queries = tokens @ weight[0:12][rows].T + bias[0:12][rows]
+        keys = tokens @ weight[12:24][rows].T + bias[12:24][rows]
+        values = tokens @ weight[24:36][rows].T + bias[24:36][rows]
+        queries, keys = (nn.functional.layer_norm(part, (4,), eps=1e-6) for part in (queries, keys))
+        scores = queries @ keys.transpose(1, 2) / math.sqrt(4)
+        heads.append(scores.exp() / scores.exp().sum(-1, keepdim=True) @ values)
+    wanted = torch.cat(heads, dim=-1) @ mixer.proj.weight.T + mixer.proj.bias
+    assert torch.allclose(mixer(tokens, Grid(1, 5)), wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_both_kernels_compute_the_same(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    queries, keys, values = torch.randn(3, 2, 4, 7, 8, dtype=dtype).unbind(0)
+    exact = torch.softmax(queries.double() @ keys.double().transpose(-2, -1) * 0.3, -1) @ values.double()
+    near = attend(queries, keys, values, 0.3).double()
+    assert (near - exact).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * exact.norm()
+
+
+def test_heads_that_do_not_share_the_width_are_refused() -> None:
+    with pytest.raises(ModelError, match="multiple of its heads; got 10 and 4"):
+        Attention(10, 4)
+
+
+@pytest.mark.parametrize("order", ["pre", "post", "res-post"])
+def test_the_block_puts_its_norms_where_its_order_says(order: str) -> None:
+    torch.manual_seed(0)
+    block = Block(8, Attention(8, 2), 16, order=order).double()  # type: ignore[arg-type]
+    x = torch.randn(2, 6, 8, dtype=torch.float64)
+    grid = Grid(2, 3)
+    attention, mlp, norm1, norm2 = block.mixer, block.mlp, block.norm1, block.norm2
+    if order == "pre":
+        wanted = x + attention(norm1(x), grid)
+        wanted = wanted + mlp(norm2(wanted), grid)
+    elif order == "post":
+        wanted = norm1(x + attention(x, grid))
+        wanted = norm2(wanted + mlp(wanted, grid))
+    else:
+        wanted = x + norm1(attention(x, grid))
+        wanted = wanted + norm2(mlp(wanted, grid))
+    assert torch.allclose(block(x, grid), wanted, atol=1e-12)
+
+
+def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    out = drop(torch.ones(4000, 3, 2))
+    per_sample = out.flatten(1)
+    assert ((per_sample == per_sample[:, :1]).all(dim=1)).all()
+    assert sorted(out.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
+    assert out.mean().item() == pytest.approx(1.0, abs=0.03)
+    assert torch.equal(drop.eval()(torch.ones(5, 2)), torch.ones(5, 2))
+
+
+def test_drop_path_rates_rise_evenly_or_stay() -> None:
+    assert drop_path_rates(0.3, 4) == pytest.approx([0.0, 0.1, 0.2, 0.3])
+    assert drop_path_rates(0.3, 3, "constant") == [0.3, 0.3, 0.3]
