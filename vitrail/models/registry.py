@@ -23,6 +23,7 @@ from vitrail.weights.card import Card
 FAMILIES: dict[str, str] = {
     # family   module
     "vit":     "vitrail.models.vit",
+    "deit":    "vitrail.models.deit",
 }  # fmt: skip
 
 

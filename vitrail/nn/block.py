@@ -1,12 +1,13 @@
 """The encoder block: a mixer and an MLP, each with a norm, a residual, layer scale and drop path.
 
-    pre        x = x + s(f(norm(x)))      ViT and nearly everything after it (Wang et al. 1906.01787)
-    post       x = norm(x + s(f(x)))      the original Transformer (Vaswani et al. 2017)
-    res-post   x = x + norm(f(x))         Swin v2
+pre        x = x + s(f(norm(x)))      ViT and nearly everything after it (Wang et al. 1906.01787)
+post       x = norm(x + s(f(x)))      the original Transformer (Vaswani et al. 2017)
+res-post   x = x + norm(f(x))         Swin v2
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: Float[Tensor, "B *rest"]) -> Float[Tensor, "B *rest"]:
+    def forward(self, branch: Float[Tensor, B *rest]) -> Float[Tensor, B *rest]:
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
@@ -119,6 +120,51 @@ class Block(nn.Module):
         else:
             tokens = tokens + self.drop_path(self.scale1(self.norm1(self.mixer(tokens, grid))))
             tokens = tokens + self.drop_path(self.scale2(self.norm2(self.mlp(tokens, grid))))
+        return tokens
+
+
+class Branch(nn.Module):
+    """What a residual adds: norm, a mixer or an MLP, layer scale, drop path."""
+
+    def __init__(
+        self, width: int, body: nn.Module, eps: float = 1e-6, layer_scale: float | None = None, drop_path: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.body = body
+        self.scale = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
+        out: Tensor = self.drop_path(self.scale(self.body(self.norm(tokens), grid)))
+        return out
+
+
+class ParallelBlock(nn.Module):
+    """Several mixers side by side, then several MLPs side by side, each with its own norm (2203.09795, section 3).
+
+    Half the depth at the same parameters and multiply-adds; pre-norm.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mixers: Sequence[nn.Module],
+        hidden: int,
+        *,
+        eps: float = 1e-6,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        mlps = [Mlp(width, hidden, dropout=dropout) for _ in mixers]
+        self.mixers = nn.ModuleList(Branch(width, mixer, eps, layer_scale, drop_path) for mixer in mixers)
+        self.mlps = nn.ModuleList(Branch(width, mlp, eps, layer_scale, drop_path) for mlp in mlps)
+
+    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
+        tokens = tokens + sum(branch(tokens, grid) for branch in self.mixers)
+        tokens = tokens + sum(branch(tokens, grid) for branch in self.mlps)
         return tokens
 
 
