@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vitrail.errors import ConfigError, DataError, suggestion
+from vitrail.errors import ConfigError, DataError
 from vitrail.nn.shapes import ClassOutput
 
 CALIBRATION_BINS = 15
@@ -280,59 +280,3 @@ class ClassMetrics:
         exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's chips have no float64
         self.sums, self.bins = self.sums.to(device, exact), self.bins.to(device, exact)
         self.per_class, self.pairs = self.per_class.to(device), self.pairs.to(device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelMatch:
-    """How the classes of a data set stand in a model's."""
-
-    index: tuple[int, ...]
-    """The model's number of each of the data's classes."""
-    note: str | None
-    """What must be said aloud: None when both lists are the same."""
-
-    @property
-    def trivial(self) -> bool:
-        return self.index == tuple(range(len(self.index)))
-
-
-def match_labels(data: Sequence[str], model: Sequence[str] | None, classes: int) -> LabelMatch:
-    """Match classes by name. A model without names takes the data's order if the counts agree; it is said.
-
-    Args:
-        data: the data set's class names, in the order of its numbers.
-        model: the model's class names, or None where nobody wrote them down.
-        classes: the number of the model's logits.
-
-    Raises:
-        DataError: the data holds a class that the model does not know.
-    """
-    if model is None:
-        if len(data) != classes:
-            raise DataError(
-                f"The model has {classes} classes without names, the data has {len(data)}; they cannot be"
-                " matched. Give the model its labels (config.json, id2label)."
-            )
-        return LabelMatch(
-            index=tuple(range(classes)),
-            note="the model has no class names: its classes are taken in the data's order, unchecked",
-        )
-    place = {label: index for index, label in enumerate(model)}
-    unknown = [label for label in data if label not in place]
-    if unknown:
-        named = ", ".join(unknown[:5]) + (f" and {len(unknown) - 5} more" if len(unknown) > 5 else "")
-        known = ", ".join(model[:5]) + (" ..." if len(model) > 5 else "")
-        raise DataError(
-            f"The data has classes that the model does not know: {named}.{suggestion(unknown[0], model)}"
-            f" The model's {len(model)} classes are: {known}"
-        )
-    index = tuple(place[label] for label in data)
-    if index == tuple(range(len(model))):
-        return LabelMatch(index=index, note=None)
-    absent = len(model) - len(data)
-    notes = []
-    if index != tuple(sorted(index)):
-        notes.append("the data lists its classes in another order: matched by name")
-    if absent:
-        notes.append(f"{absent} of the model's {len(model)} classes do not occur in the data")
-    return LabelMatch(index=index, note="; ".join(notes))

@@ -1,0 +1,115 @@
+"""A trace as one self-contained HTML page: no request leaves it, keyboard and screen readers included."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from vitrail.explain.poster import contrasted, shortened, visible
+from vitrail.explain.trace import Layer, StageTrace, Trace
+
+MOST_CHANNELS = 192
+"""Channels of the embeddings that the page draws; its caption says how many there are."""
+
+
+def page(trace: Trace) -> str:
+    """The page's text. Everything it shows is in it: the image, the maps as bytes, style and script."""
+    template = resources.files("vitrail.explain").joinpath("trace.html").read_text(encoding="utf-8")
+    best = trace.prediction.top[0]
+    data = json.dumps(_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+    replaced = {
+        "TITLE": html.escape(f"{trace.source} through {trace.model}"),
+        "SUMMARY": html.escape(f"{trace.model} says {best.label}, {best.score:.1%}"),
+        "NOTE": f'<p class="note">{html.escape(trace.note)}</p>' if trace.note else "",
+        "STEPS": _rows(trace),
+        "DATA": data,
+    }
+    for name, text in replaced.items():
+        template = template.replace(f"<!--{name}-->", text)
+    return template
+
+
+def _rows(trace: Trace) -> str:
+    return "\n".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(size)}</td><td>{html.escape(note)}</td></tr>"
+        for name, size, note in shortened(trace)
+    )
+
+
+def _data(trace: Trace) -> dict[str, Any]:
+    return {
+        "image": _png(visible(trace.pixels)),
+        "channels": int(trace.pixels.shape[0]),
+        "height": int(trace.pixels.shape[1]),
+        "width": int(trace.pixels.shape[2]),
+        "patch": list(trace.patch),
+        "mark": list(contrasted(trace)),
+        "stages": [_stage(stage) for stage in trace.stages],
+        "layers": [_layer(layer) for stage in trace.stages for layer in stage.layers],
+        "top": [{"label": guess.label, "score": guess.score} for guess in trace.prediction.top],
+    }
+
+
+def _png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _stage(stage: StageTrace) -> dict[str, Any]:
+    shown = stage.embeddings[:, :MOST_CHANNELS]
+    return {
+        "name": stage.name,
+        "grid": list(stage.grid),
+        "prefix": list(stage.prefix),
+        "channels": int(stage.embeddings.shape[1]),
+        "embeddings": _signed(shown, float(shown.abs().quantile(0.99)) if shown.numel() < 10**7 else None),
+        "similarity": None if stage.similarity is None else _signed(stage.similarity, 1.0),
+        "references": [list(place) for place in stage.references],
+    }
+
+
+def _layer(layer: Layer) -> dict[str, Any]:
+    view: dict[str, Any] = {
+        "name": layer.name,
+        "grid": list(layer.grid),
+        "component": _signed(layer.component, None),
+        "gaze": None,
+    }
+    if layer.gaze is not None:
+        maps = layer.gaze.maps
+        most = float(maps.max()) or 1.0
+        view["gaze"] = {
+            "of": layer.gaze.of,
+            "grid": list(maps.shape[1:]),
+            "heads": int(maps.shape[0]),
+            "most": most,
+            "elsewhere": [round(float(share), 4) for share in layer.gaze.elsewhere],
+            "data": _bytes(maps / most * 255),
+        }
+    return view
+
+
+def _signed(values: Tensor, reach: float | None) -> dict[str, Any]:
+    """Values around zero as bytes: 0 is -reach, 255 is +reach; reach defaults to the largest magnitude."""
+    reach = (float(values.abs().max()) if reach is None else reach) or 1.0
+    return {
+        "shape": list(values.shape),
+        "reach": reach,
+        "data": _bytes((values / reach).clamp(-1, 1) * 127.5 + 127.5),
+    }
+
+
+def _bytes(values: Tensor) -> str:
+    """Values in 0..255, rounded, as base64."""
+    array = values.round().clamp(0, 255).byte().contiguous().numpy()
+    return base64.b64encode(array.tobytes()).decode()

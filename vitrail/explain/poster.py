@@ -1,0 +1,342 @@
+"""A trace as one picture (PNG): from the patch grid at the top to the probabilities at the bottom."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from vitrail.explain.trace import Layer, Trace
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure, SubFigure
+
+INK, MUTED, LINE, ACCENT, BLUE = "#1c2128", "#5b6570", "#d5dae0", "#d55e00", "#0072b2"
+"""Text, captions, rules, the marked patch, bars: Okabe and Ito's hues, apart for every kind of eye."""
+
+LOOKS, SIGNED, LIKE = "cividis", "PuOr_r", "viridis"
+"""Colour scales of attention, of values around zero, of similarity."""
+
+COLUMNS, MOST_LAYERS = 6, 12
+STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "text.color": INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": INK,
+    "svg.fonttype": "none",
+}
+
+
+def poster(trace: Trace) -> bytes:
+    """The PNG of a trace, about 1,500 pixels wide."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    layers = _chosen([layer for stage in trace.stages for layer in stage.layers])
+    rows = -(-len(layers) // COLUMNS)
+    table = 0.55 + 0.215 * len(shortened(trace))
+    guesses = 0.75 + 0.3 * len(trace.prediction.top)
+    heights = [0.95, max(4.6, table), 4.1, 0.75 + 2.35 * rows, 0.75 + 2.2 * rows, guesses]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(14, sum(heights)), dpi=110, facecolor="white")
+        FigureCanvasAgg(figure)
+        bands = figure.subfigures(len(heights), 1, height_ratios=heights)
+        _title(bands[0], trace)
+        _patches(bands[1], trace)
+        _tokens(bands[2], trace)
+        _attention(bands[3], trace, layers)
+        _components(bands[4], layers)
+        _probabilities(bands[5], trace)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Title": f"{trace.model}: {trace.source}"})
+    return buffer.getvalue()
+
+
+def _chosen(layers: list[Layer]) -> list[Layer]:
+    """At most MOST_LAYERS, evenly spread, the first and the last among them."""
+    if len(layers) <= MOST_LAYERS:
+        return layers
+    return [layers[round(place * (len(layers) - 1) / (MOST_LAYERS - 1))] for place in range(MOST_LAYERS)]
+
+
+def visible(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image of any number of channels as RGB `[h, w, 3]`: grey where there are fewer than three."""
+    array = pixels.permute(1, 2, 0).numpy()  # [h, w, C]
+    return array[:, :, :3] if array.shape[2] >= 3 else np.repeat(array[:, :, :1], 3, axis=2)
+
+
+def contrasted(trace: Trace) -> tuple[int, int]:
+    """Row and column of the patch whose pixels differ most: the one that is shown flattened."""
+    rows, columns = trace.patch
+    image = trace.pixels.float()
+    height, width = image.shape[1] // rows, image.shape[2] // columns
+    cells = (
+        image[:, : height * rows, : width * columns]
+        .unflatten(1, (height, rows))
+        .unflatten(3, (width, columns))
+    )
+    spread = cells.var(dim=(2, 4)).sum(dim=0)  # [h, w]
+    place = int(spread.argmax())
+    return place // width, place % width
+
+
+def _title(band: SubFigure, trace: Trace) -> None:
+    best = trace.prediction.top[0]
+    band.text(0.03, 0.62, "How an image becomes a prediction", size=20, weight="bold", va="center")
+    what = f"{trace.model}   ·   {trace.source}   ·   {best.label}, {best.score:.1%}"
+    band.text(
+        0.03, 0.22, what + (f"   ·   {trace.note}" if trace.note else ""), size=11, color=MUTED, va="center"
+    )
+
+
+def _heading(
+    band: Figure | SubFigure, height: float, number: int, title: str, caption: str, x: float = 0.03
+) -> None:
+    """A numbered heading; `height` is the band's height in inches, so that all headings sit alike."""
+    band.text(x, 1 - 0.18 / height, f"{number}  {title}", size=13, weight="bold", va="top")
+    band.text(x, 1 - 0.45 / height, caption, size=9, color=MUTED, va="top")
+
+
+def _inches(band: SubFigure) -> float:
+    return float(band.bbox.height / band.figure.dpi)
+
+
+def _place(band: SubFigure, left: float, bottom: float, width: float, height: float) -> Axes:
+    """Axes whose left and width are shares of the band, bottom and height inches from its bottom."""
+    inches = _inches(band)
+    axes = band.add_axes((left, bottom / inches, width, height / inches))
+    for side in axes.spines.values():
+        side.set_visible(False)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    return axes
+
+
+def _patches(band: SubFigure, trace: Trace) -> None:
+    """The picture under its grid, one patch flattened, and the table of steps."""
+    height = _inches(band)
+    grid, (rows, columns) = trace.stages[0].grid, trace.patch
+    size = trace.pixels.shape[1:]
+    _heading(
+        band, height, 1, "The image is cut into patches",
+        f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} patches of {rows} × {columns}",
+    )  # fmt: skip
+    picture = visible(trace.pixels)
+    side = min(3.6, height - 1.0)
+    axes = _place(band, 0.03, height - 0.8 - side, side / 14, side)
+    axes.imshow(picture, interpolation="nearest")
+    for row in range(0, size[0] + 1, rows):
+        axes.axhline(row - 0.5, color="white", linewidth=0.6, alpha=0.75)
+    for column in range(0, size[1] + 1, columns):
+        axes.axvline(column - 0.5, color="white", linewidth=0.6, alpha=0.75)
+    row, column = contrasted(trace)
+    _frame(axes, column * columns - 0.5, row * rows - 0.5, columns, rows)
+
+    _heading(
+        band, height, 2, "A patch is flattened",
+        f"the marked patch, row {row + 1}, column {column + 1}:\n"
+        f"{rows} · {columns} · {trace.pixels.shape[0]} = {rows * columns * trace.pixels.shape[0]} numbers", 0.325,
+    )  # fmt: skip
+    patch = picture[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+    axes = _place(band, 0.325, height - 0.95 - 1.5, 1.5 / 14, 1.5)
+    axes.imshow(patch, interpolation="nearest")
+    _frame(axes, -0.5, -0.5, columns, rows)
+    _strip(band, trace, row, column, height - 0.95 - 1.5 - 0.5)
+    _steps(band, trace, height)
+
+
+def _frame(axes: Axes, x: float, y: float, width: float, height: float) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.add_patch(
+        Rectangle((x, y), width, height, fill=False, edgecolor=ACCENT, linewidth=2.2, clip_on=False)
+    )
+
+
+def _strip(band: SubFigure, trace: Trace, row: int, column: int, top: float) -> None:
+    """The patch's pixels one after the other, then each channel's values."""
+    rows, columns = trace.patch
+    cut = trace.pixels[:, row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+    flat = cut.flatten(1).numpy()  # [C, P * P]
+    axes = _place(band, 0.325, top - 0.2, 0.215, 0.2)
+    axes.imshow(visible(cut.flatten(1)[:, None]), aspect="auto", interpolation="nearest")
+    axes.set_title("its pixels, row by row", size=8, color=MUTED, loc="left", pad=3)
+    names = (
+        ("red", "green", "blue") if len(flat) == 3 else tuple(f"channel {c + 1}" for c in range(len(flat)))
+    )
+    for channel, name in enumerate(names[:4]):
+        axes = _place(band, 0.325, top - 0.52 - 0.2 * channel, 0.215, 0.16)
+        axes.imshow(
+            flat[channel : channel + 1], aspect="auto", interpolation="nearest", cmap="gray", vmin=0, vmax=255
+        )
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", size=7.5)
+    axes.set_xlabel(
+        f"these {flat.size} numbers, normalised, are what the projection reads", size=8, loc="left"
+    )
+
+
+def shortened(trace: Trace) -> list[tuple[str, str, str]]:
+    """Name, size and note of every step; runs of equal blocks are drawn together."""
+    lines: list[tuple[str, str, str]] = []
+    for step in trace.steps:
+        alike = lines and "block" in step.name and lines[-1][1:] == (step.size, step.note)
+        if alike:
+            first = lines[-1][0].partition(" to ")[0]
+            first = re.sub(r"block (\d+)$", r"blocks \1", first)
+            lines[-1] = (f"{first} to {step.name.rpartition(' ')[2]}", step.size, step.note)
+        else:
+            lines.append((step.name, step.size, step.note))
+    return lines
+
+
+def _steps(band: SubFigure, trace: Trace, height: float) -> None:
+    band.text(0.585, 1 - 0.18 / height, "Every step and its shape", size=13, weight="bold", va="top")
+    for number, (name, size, note) in enumerate(shortened(trace)):
+        y = 1 - (0.62 + 0.215 * number) / height
+        band.text(0.585, y, name, size=9, va="center")
+        band.text(0.775, y, size, size=9, va="center", ha="right", family="DejaVu Sans Mono", weight="bold")
+        shown = note if len(note) <= 44 else note[:43].rstrip(" ,") + "…"
+        band.text(0.785, y, shown, size=8, va="center", color=MUTED)
+
+
+def _tokens(band: SubFigure, trace: Trace) -> None:
+    """Embeddings as a heat map, and how alike the positions are."""
+    height, stage = _inches(band), trace.stages[0]
+    values = stage.embeddings.numpy()
+    _heading(
+        band, height, 3, "Each patch becomes a token",
+        f"{values.shape[0]} tokens (down) of {values.shape[1]} numbers (across), before positions are added",
+    )  # fmt: skip
+    axes = _place(band, 0.06, 0.45, 0.43, height - 1.3)
+    reach = float(np.percentile(np.abs(values), 99)) or 1.0
+    image = axes.imshow(values, aspect="auto", cmap=SIGNED, vmin=-reach, vmax=reach, interpolation="nearest")
+    axes.set_ylabel("patch")
+    axes.set_xlabel("channel")
+    _scale(band, image, 0.497, 0.45, height - 1.3, (-reach, 0.0, reach))
+    if stage.similarity is None:
+        _heading(
+            band, height, 4, "No positions are added", "the order enters in the blocks themselves", 0.585
+        )
+        return
+    _heading(
+        band, height, 4, "Each token knows its place",
+        "a tile for each place: the cosine of its position to every other's", 0.585,
+    )  # fmt: skip
+    tiles = _tiles(stage.similarity, stage.references)
+    side = height - 1.0
+    share = min(0.36, side / 14 * tiles.shape[1] / tiles.shape[0])
+    axes = _place(band, 0.585, 0.15, share, side)
+    axes.set_anchor("NW")
+    image = axes.imshow(tiles, cmap=LIKE, interpolation="nearest", aspect="equal", vmin=-1, vmax=1)
+    _scale(band, image, 0.585 + share + 0.01, 0.15, side, (-1.0, 0.0, 1.0))
+
+
+def _tiles(
+    similarity: Tensor, references: tuple[tuple[int, int], ...]
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The maps of all reference places, each where its place is, with a gap between."""
+    maps = similarity.numpy()
+    rows = sorted({row for row, _ in references})
+    columns = sorted({column for _, column in references})
+    height, width = maps.shape[1] + 1, maps.shape[2] + 1
+    canvas = np.full((len(rows) * height - 1, len(columns) * width - 1), np.nan, dtype=np.float32)
+    for map_, (row, column) in zip(maps, references, strict=True):
+        top, left = rows.index(row) * height, columns.index(column) * width
+        canvas[top : top + height - 1, left : left + width - 1] = map_
+    return canvas
+
+
+def _scale(
+    band: SubFigure, image: Any, left: float, bottom: float, height: float, ticks: tuple[float, ...]
+) -> None:
+    axes = _place(band, left, bottom, 0.006, height)
+    bar = band.figure.colorbar(image, cax=axes, ticks=list(ticks))
+    bar.outline.set_visible(False)
+    axes.tick_params(length=0, labelsize=7.5, labelcolor=MUTED)
+    axes.set_yticklabels([f"{tick:.2g}" for tick in ticks])
+
+
+def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
+    gazes = [layer.gaze for layer in layers]
+    of = next((found.of for found in gazes if found is not None), "")
+    whose = "[CLS]" if of == "class token" else "the average token"
+    _heading(
+        band, _inches(band), 5, f"Where {whose} looks, block after block",
+        f"attention of {whose} to the patches, mean of the heads; yellow is most, each block on its own scale",
+    )  # fmt: skip
+    grey = visible(trace.pixels).mean(axis=2) / 255
+    for number, layer in enumerate(layers):
+        axes = _panel(band, number, 1.9, 2.35)
+        axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        label = "no attention weights to show"
+        if layer.gaze is not None:
+            map_ = layer.gaze.maps.mean(dim=0).numpy()
+            extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
+            axes.imshow(map_, cmap=LOOKS, alpha=0.72, interpolation="nearest", extent=extent)
+            itself = float(layer.gaze.elsewhere.mean())
+            label = f"peak {map_.max() / max(map_.mean(), 1e-12):.1f} × mean"
+            label += f", {itself:.0%} on {whose}" if itself > 0 else ""
+        axes.set_title(layer.name, size=9, loc="left", pad=3)
+        axes.set_xlabel(label, size=7.5, loc="left", labelpad=2)
+
+
+def _components(band: SubFigure, layers: list[Layer]) -> None:
+    _heading(
+        band, _inches(band), 6, "What tells the tokens apart",
+        "the direction in which the patch tokens differ most (first principal component) after each block;"
+        " its sign means nothing",
+    )  # fmt: skip
+    for number, layer in enumerate(layers):
+        axes = _panel(band, number, 1.75, 2.2)
+        values = layer.component.numpy()
+        reach = float(np.abs(values).max()) or 1.0
+        axes.imshow(values, cmap=SIGNED, vmin=-reach, vmax=reach, interpolation="nearest")
+        axes.set_title(layer.name, size=9, loc="left", pad=3)
+
+
+def _panel(band: SubFigure, number: int, side: float, pitch: float) -> Axes:
+    """Axes of a small multiple: COLUMNS in a row, from the top."""
+    row, column = divmod(number, COLUMNS)
+    step = 0.94 / COLUMNS
+    top = _inches(band) - 0.95 - pitch * row
+    return _place(band, 0.03 + step * column, top - side, side / 14 * 1.04, side)
+
+
+def _probabilities(band: SubFigure, trace: Trace) -> None:
+    top = trace.prediction.top
+    height = _inches(band)
+    _heading(
+        band,
+        height,
+        7,
+        "The head turns the vector into probabilities",
+        "softmax of the logits, the best classes",
+    )
+    axes = _place(band, 0.2, 0.12, 0.7, height - 0.82)
+    places = list(range(len(top)))[::-1]
+    axes.barh(places, [guess.score for guess in top], color=BLUE, height=0.62)
+    axes.set_xlim(0, 1)
+    for place, guess in zip(places, top, strict=True):
+        axes.text(-0.01, place, _clipped(guess.label), ha="right", va="center", size=10)
+        inside = guess.score > 0.9
+        axes.text(
+            guess.score - 0.008 if inside else guess.score + 0.008,
+            place,
+            f"{guess.score:.1%}",
+            ha="right" if inside else "left",
+            va="center",
+            size=9,
+            color="white" if inside else INK,
+        )
+
+
+def _clipped(label: str, most: int = 28) -> str:
+    return label if len(label) <= most else label[: most - 1] + "…"
