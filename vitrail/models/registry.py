@@ -24,6 +24,7 @@ FAMILIES: dict[str, str] = {
     # family   module
     "vit":     "vitrail.models.vit",
     "deit":    "vitrail.models.deit",
+    "cait":    "vitrail.models.cait",
 }  # fmt: skip
 
 
