@@ -244,7 +244,7 @@ def _three(picture: Image.Image) -> Image.Image:
 
     choice, strength = torch.rand(2).tolist()
     if choice < 1 / 3:
-        return v2.to_grayscale(picture, num_output_channels=3)  # type: ignore[no-any-return]
+        return v2.to_grayscale(picture, num_output_channels=3)
     if choice < 2 / 3:
-        return v2.solarize(picture, threshold=128)  # type: ignore[no-any-return]
+        return v2.solarize(picture, threshold=128)
     return picture.filter(ImageFilter.GaussianBlur(0.1 + strength * 1.9))

@@ -1,0 +1,194 @@
+"""Finding labelled pictures: what the names of folders, archives and table columns say about each."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from vitrail.data.image import SUFFIXES
+from vitrail.data.stores import Folder, Pixels, Store, entries, open_store
+from vitrail.errors import DataError
+
+SPLITS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+"""Names of folders, archives and table entries that mean a split."""
+
+COLUMNS = {
+    "image": ("image_path", "path", "image", "file_name", "filename", "file"),
+    "label": ("label", "class", "target"),
+    "split": ("split", "subset"),
+}
+"""Names of the columns of a table, the first one ours."""
+
+DIGITS = "digits"
+
+OTHER_TASKS = {"images", "masks", "jpegimages", "annotations", "labels", "imagesets", "segmentationclass"}
+"""Folder names that speak of detection or segmentation, not of classes."""
+
+
+class Found(NamedTuple):
+    """One picture that was found: where, and what its place says about it."""
+
+    store: int
+    entry: int
+    split: str
+    label: str
+
+
+def find(path: str, stores: list[Store], notes: list[str]) -> list[Found]:
+    """The labelled pictures of one path; its store is added to `stores`."""
+    path = str(path)
+    if path == DIGITS and not os.path.exists(path):
+        return _digits(stores)
+    if path.lower().endswith(".csv"):
+        return _table(path, stores)
+    store = open_store(path)
+    stores.append(store)
+    pictures: list[tuple[int, list[str]]] = []
+    others: Counter[str] = Counter()
+    for entry, parts in entries(store):
+        if is_picture(parts[-1]):
+            pictures.append((entry, parts))
+        else:
+            others[os.path.splitext(parts[-1])[1].lower() or "(none)"] += 1
+    if not pictures:
+        seen = f"; it holds {_tally(others)}" if others else ""
+        raise DataError(f"No pictures in {path} ({', '.join(sorted(SUFFIXES))}){seen}.")
+    unread = {
+        ending: count for ending, count in others.items() if ending in (".bmp", ".gif", ".tif", ".tiff")
+    }
+    if unread:
+        notes.append(f"{path}: {_tally(unread)} left out; convert them to PNG to use them.")
+    found = _by_folder(path, len(stores) - 1, pictures, notes)
+    _empty_classes(store, found, notes)
+    return found
+
+
+def _by_folder(
+    path: str, number: int, pictures: list[tuple[int, list[str]]], notes: list[str]
+) -> list[Found]:
+    """Split and class of each picture, from the folders that it lies in."""
+    while _has_wrapper(pictures):
+        pictures = [(entry, parts[1:]) for entry, parts in pictures]
+    split = any(len(parts) >= 3 and parts[0].lower() in SPLITS for _, parts in pictures)
+    depth = 2 if split else 1
+    usual = "" if split else _split_of(path)
+    found: list[Found] = []
+    for entry, parts in pictures:
+        name = SPLITS.get(parts[0].lower(), "") if split else usual
+        if len(parts) > depth and (name or not split):
+            found.append(Found(number, entry, name, parts[depth - 1]))
+    lost = len(pictures) - len(found)
+    if not found:
+        raise DataError(
+            f"{path}: {len(pictures)} pictures but no classes. Put each class into a folder of its own "
+            "(CLASS/picture.jpg, or train/CLASS/picture.jpg), or list them in a .csv (image_path,label)."
+        )
+    if lost:
+        where = "outside the splits or" if split else ""
+        notes.append(f"{path}: {lost} pictures {where} outside class folders left out.".replace("  ", " "))
+    return found
+
+
+def _has_wrapper(pictures: list[tuple[int, list[str]]]) -> bool:
+    """Whether all pictures lie in one outer folder that is neither a split nor a class."""
+    first = pictures[0][1][0]
+    return first.lower() not in SPLITS and all(len(parts) >= 3 and parts[0] == first for _, parts in pictures)
+
+
+def _split_of(path: str) -> str:
+    """The split that the name of an archive or folder tells: train-0.zip, val.tar, test."""
+    word = re.match(r"[a-z]+", Path(path).name.lower())
+    return SPLITS.get(word.group(), "") if word else ""
+
+
+def _empty_classes(store: Store, found: list[Found], notes: list[str]) -> None:
+    """Say which folders beside the classes hold no picture."""
+    full = {"/".join(store.names[item.entry].split("/")[:-1]) for item in found}
+    beside = {os.path.dirname(folder) for folder in full}
+    lively = {folder for name in full for folder in _above(name)}
+    empty = [name for name in store.folders if os.path.dirname(name) in beside and name not in lively]
+    empty = [name for name in empty if not os.path.basename(name).startswith((".", "__"))]
+    if empty:
+        notes.append(f"{store.place}: no pictures in {some(empty)}; not counted as classes.")
+
+
+def _above(name: str) -> list[str]:
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+
+
+def _table(path: str, stores: list[Store]) -> list[Found]:
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            header = [name.strip().lower() for name in reader.fieldnames or []]
+            reader.fieldnames = header
+            column = {kind: next((n for n in names if n in header), "") for kind, names in COLUMNS.items()}
+            if not column["image"] or not column["label"]:
+                raise DataError(f"{path}: the first line must name image_path,label, got {','.join(header)}.")
+            rows = [(reader.line_num, row) for row in reader if any(row.values())]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path}: not a readable table ({error}).") from None
+    if not rows:
+        raise DataError(f"{path}: the table has no rows.")
+    names: list[str] = []
+    found: list[Found] = []
+    for line, row in rows:
+        name, label = (str(row[column[kind]] or "").strip() for kind in ("image", "label"))
+        told = str(row.get(column["split"]) or "").strip().lower() if column["split"] else ""
+        if not name or not label:
+            raise DataError(f"{path}, line {line}: an image_path or a label is missing.")
+        if told and told not in SPLITS:
+            raise DataError(f"{path}, line {line}: split must be train, val or test, got {told!r}.")
+        found.append(Found(len(stores), len(names), SPLITS.get(told, ""), label))
+        names.append(name)
+    stores.append(Folder(os.path.dirname(path), names))
+    return found
+
+
+def _digits(stores: list[Store]) -> list[Found]:
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = np.rint(data.images * (255 / 16)).astype(np.uint8)  # [1797, 8, 8]; they count to 16
+    order = np.random.default_rng(0).permutation(len(images))
+    split = np.empty(len(images), dtype=object)
+    for digit in range(10):
+        members = order[data.target[order] == digit]
+        val, test = round(0.1 * len(members)), round(0.2 * len(members))
+        split[members[:test]], split[members[test : test + val]] = "test", "val"
+        split[members[test + val :]] = "train"
+    stores.append(Pixels(DIGITS, images, (f"{number:04d}" for number in range(len(images)))))
+    return [
+        Found(len(stores) - 1, number, split[number], str(data.target[number]))
+        for number in range(len(images))
+    ]
+
+
+def is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES
+
+
+def some(names: Iterable[str], most: int = 5) -> str:
+    listed = [str(name) for name in names]
+    rest = f" and {len(listed) - most} more" if len(listed) > most else ""
+    return ", ".join(listed[:most]) + rest
+
+
+def _tally(endings: dict[str, int] | Counter[str]) -> str:
+    return ", ".join(f"{count} {ending}" for ending, count in sorted(endings.items()))
