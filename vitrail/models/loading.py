@@ -6,6 +6,7 @@ A model's state is touched only after everything fits; what was done is the mode
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -162,9 +163,14 @@ def candidates(skip: str = "") -> Iterator[adapter.Candidate]:
         if name == skip:
             continue
         module, config = registry.family_of(name), registry.variant(name)
-        with torch.device("meta"):
-            model = registry.from_config(name, config)
-        yield adapter.Candidate(name, module.RENAMES, shapes(model), context(module, config))
+        expected = functools.partial(shapes_of, name, config)
+        yield adapter.Candidate(name, module.RENAMES, expected, context(module, config))
+
+
+def shapes_of(name: str, config: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a configuration's tensors, without memory for them."""
+    with torch.device("meta"):
+        return shapes(registry.from_config(name, config))
 
 
 def _check_family(model: Model, module: ModuleType, card: Card, path: str | Path) -> None:

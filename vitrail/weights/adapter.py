@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitrail.errors import WeightsError, suggestion
 from vitrail.weights import patterns
-from vitrail.weights.reading import Made, Reading, Shapes, recognise
+from vitrail.weights.reading import Made, Reading, Shapes, recognise, signed
 from vitrail.weights.rules import Drop as Drop
 from vitrail.weights.rules import Layout as Layout
 from vitrail.weights.rules import Match, matches
@@ -82,7 +82,8 @@ class Candidate(NamedTuple):
 
     name: str
     layouts: Sequence[Layout]
-    expected: Shapes
+    expected: Callable[[], Shapes]
+    """Names and shapes of its tensors; asked for only where a layout's signature is in the file."""
     context: Context
 
 
@@ -92,7 +93,9 @@ class Likeness(NamedTuple):
     name: str
     layout: str
     share: float
-    """Share of the candidate's tensors that the file holds in their shape, less what is left over."""
+    """Share of the candidate's tensors that the file explains, less what is left over; resizing is no fault."""
+    exact: float
+    """Share of the candidate's tensors that have their very shape in the file."""
 
 
 def read(
@@ -190,23 +193,24 @@ def write(state: Mapping[str, Tensor], layout: Layout, context: Context | None =
     return written
 
 
-def nearest(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Likeness | None:
-    """The candidate that a file fits best; tensors that may be resampled or replaced count at any size."""
+def ranked(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> list[Likeness]:
+    """How well a file fits each candidate, best first; candidates whose layouts it does not know are left out."""
     empty = {key: torch.empty(tensor.shape, device="meta") for key, tensor in state.items()}
-    best: Likeness | None = None
+    likes: list[Likeness] = []
     for candidate in candidates:
+        if not any(signed(layout, empty) for layout in candidate.layouts):
+            continue
+        expected = candidate.expected()
         try:
-            layout, names, found = recognise(
-                empty, candidate.layouts, candidate.expected, candidate.context, None
-            )
+            layout, names, found = recognise(empty, candidate.layouts, expected, candidate.context, None)
         except WeightsError:
             continue
-        reading = Reading(empty, names, layout, candidate.expected, candidate.context, True, False)
+        reading = Reading(empty, names, layout, expected, candidate.context, True, False)
         reading.run(found)
-        share = 1 - len(reading.problems) / max(len(candidate.expected), len(reading.problems), 1)
-        if best is None or share > best.share:
-            best = Likeness(candidate.name, layout.name, share)
-    return best
+        share = 1 - len(reading.problems) / max(len(expected), len(reading.problems), 1)
+        exact = sum(tuple(tensor.shape) == expected[name] for name, tensor in reading.result.items())
+        likes.append(Likeness(candidate.name, layout.name, share, exact / max(len(expected), 1)))
+    return sorted(likes, key=lambda like: (-like.share, -like.exact))
 
 
 def by_name(layouts: Sequence[Layout], name: str) -> Layout:
@@ -244,7 +248,8 @@ def _check_zero(part: Tensor, name: str, layout: Layout) -> None:
 
 
 def _looks_like(state: Mapping[str, Tensor], candidates: Callable[[], Iterable[Candidate]] | None) -> str:
-    best = nearest(state, candidates()) if candidates is not None else None
-    if best is None or best.share < 0.5:
+    likes = ranked(state, candidates()) if candidates is not None else []
+    if not likes or likes[0].share < 0.5:
         return ""
+    best = likes[0]
     return f" The file looks like {best.name} (layout {best.layout}, {best.share:.0%} of its tensors fit)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ def recognise(
     trials: list[tuple[tuple[int, int, int], Layout, dict[str, str], dict[str, Source]]] = []
     for layout in layouts:
         names = _names(state, layout)
-        if name not in (None, layout.name) or names is None or not _signed(layout, names):
+        if name not in (None, layout.name) or names is None or not signed(layout, names):
             continue
         found = {ours: source for ours in expected if (source := _source(layout, ours, names, context))}
         if found:
@@ -257,10 +257,12 @@ def _names(state: Mapping[str, Tensor], layout: Layout) -> dict[str, str] | None
     return names if len(names) == len(state) else None
 
 
-def _signed(layout: Layout, names: Mapping[str, str]) -> bool:
+def signed(layout: Layout, keys: Iterable[str]) -> bool:
+    """Whether every pattern of a layout's signature matches one of the keys."""
+    names = {strip(key, layout.prefixes) for key in keys}
     return all(
-        any(patterns.match(pattern, key) is not None for key in names)
-        for pattern in (strip(pattern, layout.prefixes) for pattern in layout.signature)
+        any(patterns.match(strip(pattern, layout.prefixes), name) is not None for name in names)
+        for pattern in layout.signature
     )
 
 

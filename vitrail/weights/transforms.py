@@ -41,6 +41,26 @@ def _without_prefix_zeros(table: Tensor, context: Context) -> Tensor:
     return table[:, prefix:]
 
 
+def _neighbours_last(tensor: Tensor) -> Tensor:
+    """The last axis from (channel, row, column) of 2 x 2 neighbours to (column, row, channel)."""
+    return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+
+
+def _channels_first(tensor: Tensor) -> Tensor:
+    return tensor.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
+
+
+def _without_keys(bias: Tensor, context: Context) -> Tensor:
+    """The biases of queries and values out of those of queries, keys and values."""
+    queries, _, values = bias.chunk(3)
+    return torch.cat([queries, values])
+
+
+def _with_zero_keys(bias: Tensor, context: Context) -> Tensor:
+    queries, values = bias.chunk(2)
+    return torch.cat([queries, torch.zeros_like(queries), values])
+
+
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(lambda x, c: x, lambda x, c: x),
     # JAX dense (in, out) <-> torch linear (out, in)
@@ -66,6 +86,15 @@ TRANSFORMS: dict[str, Transform] = {
     "conv1x1": Transform(lambda x, c: x.flatten(1), lambda x, c: x[:, :, None, None]),
     "to_conv1x1": Transform(lambda x, c: x[:, :, None, None], lambda x, c: x.flatten(1)),
     "prefix_zeros": Transform(_prefix_zeros, _without_prefix_zeros),
+    # (1, D, h, w) <-> (1, N, D): positions kept as a map (PiT)
+    "map": Transform(
+        lambda x, c: x.flatten(2).transpose(1, 2),
+        lambda x, c: x.transpose(1, 2).unflatten(2, tuple(c["grid"])),
+    ),
+    # how MMPretrain and Swin lay out the 4 C numbers of four merged tokens
+    "unfolded": Transform(lambda x, c: _neighbours_last(x), lambda x, c: _channels_first(x)),
+    # torchvision's Swin v2 stores a bias of keys that it takes as zero
+    "without_keys": Transform(_without_keys, _with_zero_keys),
 }
 
 
@@ -81,6 +110,21 @@ def fit_positions(tensor: Tensor, shape: tuple[int, ...], context: Context) -> t
         )
     table = resample.positions(tensor, (int(old[0]), int(old[1])), (int(new[0]), int(new[1])), prefix, method)
     return table, f"positions resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]} ({method})"
+
+
+def fit_pyramid(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tuple[Tensor, str]:
+    """The position table of one stage of a pyramid, whose grid is `grid` halved so many times; the last stage's
+    table may have a class token's entry in front."""
+    for level in range(16):
+        grid = tuple(int(side) >> level for side in context["grid"])
+        prefix = shape[1] - grid[0] * grid[1]
+        if prefix in (0, 1):
+            break
+    else:
+        raise WeightsError(f"holds {tensor.shape[1]} positions, and no stage has {shape[1]}")
+    told = context.get("from_grid")
+    old = None if told is None else tuple(int(side) >> level for side in told)
+    return fit_positions(tensor, shape, {**context, "grid": grid, "prefix": prefix, "from_grid": old})
 
 
 def fit_patch(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tuple[Tensor, str]:
@@ -105,10 +149,11 @@ def fit_channels(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tu
 
 
 def fit_relative(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tuple[Tensor, str]:
-    """A relative table for the model's window; `context` may hold `window` and `from_window`."""
+    """A relative table for the model's window; `context` may hold `windows`, those of all stages."""
     method = str(context.get("resample", "bicubic"))
-    old = context.get("from_window") or _window(tensor.shape[0])
-    new = context.get("window") or _window(shape[0])
+    old = _window(tensor.shape[0])
+    known = (window for window in context.get("windows", ()) if (2 * window[0] - 1) * (2 * window[1] - 1) == shape[0])
+    new = next(known, None) or _window(shape[0])
     if old is None or new is None:
         raise WeightsError("is a relative table of a window that is not square, and nothing says which")
     table = resample.relative_table(tensor, (int(old[0]), int(old[1])), (int(new[0]), int(new[1])), method)
@@ -117,6 +162,7 @@ def fit_relative(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tu
 
 FITS: dict[str, Callable[[Tensor, tuple[int, ...], Context], tuple[Tensor, str]]] = {
     "positions": fit_positions,
+    "pyramid": fit_pyramid,
     "patch": fit_patch,
     "channels": fit_channels,
     "relative": fit_relative,
