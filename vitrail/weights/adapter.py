@@ -19,7 +19,8 @@ from vitrail.weights import patterns
 from vitrail.weights.reading import Made, Reading, Shapes, recognise, signed
 from vitrail.weights.rules import Drop as Drop
 from vitrail.weights.rules import Layout as Layout
-from vitrail.weights.rules import Match, matches
+from vitrail.weights.rules import Match as Match
+from vitrail.weights.rules import matches as matches
 from vitrail.weights.rules import Rule as Rule
 from vitrail.weights.transforms import TRANSFORMS, Context
 
@@ -213,6 +214,11 @@ def ranked(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> list
     return sorted(likes, key=lambda like: (-like.share, -like.exact))
 
 
+def nearest(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Likeness | None:
+    """The candidate that a file fits best, or None where no layout is known."""
+    return next(iter(ranked(state, candidates)), None)
+
+
 def by_name(layouts: Sequence[Layout], name: str) -> Layout:
     """The layout of a name. Raises WeightsError that lists them."""
     for layout in layouts:
@@ -248,8 +254,7 @@ def _check_zero(part: Tensor, name: str, layout: Layout) -> None:
 
 
 def _looks_like(state: Mapping[str, Tensor], candidates: Callable[[], Iterable[Candidate]] | None) -> str:
-    likes = ranked(state, candidates()) if candidates is not None else []
-    if not likes or likes[0].share < 0.5:
+    best = nearest(state, candidates()) if candidates is not None else None
+    if best is None or best.share < 0.5:
         return ""
-    best = likes[0]
     return f" The file looks like {best.name} (layout {best.layout}, {best.share:.0%} of its tensors fit)."

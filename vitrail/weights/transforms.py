@@ -152,7 +152,11 @@ def fit_relative(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tu
     """A relative table for the model's window; `context` may hold `windows`, those of all stages."""
     method = str(context.get("resample", "bicubic"))
     old = _window(tensor.shape[0])
-    known = (window for window in context.get("windows", ()) if (2 * window[0] - 1) * (2 * window[1] - 1) == shape[0])
+    known = (
+        window
+        for window in context.get("windows", ())
+        if (2 * window[0] - 1) * (2 * window[1] - 1) == shape[0]
+    )
     new = next(known, None) or _window(shape[0])
     if old is None or new is None:
         raise WeightsError("is a relative table of a window that is not square, and nothing says which")
