@@ -1,0 +1,198 @@
+"""One function a verb: run the job, show its result, give the exit code. Jobs are imported when they are called."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from vitrail.cli import show
+
+if TYPE_CHECKING:
+    from vitrail.jobs.info import Info
+    from vitrail.runs import BenchRun, DoctorRun, InfoRun, ModelsRun, PredictRun, TraceRun
+
+
+def predict(run: PredictRun) -> int:
+    """Records for images; 1 when some could not be read."""
+    from vitrail.jobs.predict import predict as job
+
+    records: list[Any] = []
+    with show.messages() as handler:
+        found = job(run)
+        with show.Counter("images", handler) as counter:
+            for record in found:
+                records.append(record)
+                counter(len(records), found.total)
+                if run.format == "jsonl" and run.output is None:
+                    print(json.dumps(record.to_dict(), ensure_ascii=False), flush=True)
+    top_k = min(run.top_k, len(found.labels))
+    if run.format == "json":
+        show.write_result(show.json_text([record.to_dict() for record in records]), run.output)
+    elif run.format == "csv":
+        show.write_result(show.csv_text([record.row(top_k) for record in records]), run.output)
+    elif run.format == "jsonl" and run.output is not None:
+        lines = (json.dumps(record.to_dict(), ensure_ascii=False) for record in records)
+        show.write_result("\n".join(lines), run.output)
+    elif run.format == "table":
+        _predictions(records, top_k, run.output)
+    bad = sum(record.error is not None for record in records)
+    if bad:
+        show.say(f"{bad} of {len(records)} images could not be read.")
+    return 1 if bad else 0
+
+
+def _predictions(records: list[Any], top_k: int, output: str | None) -> None:
+    columns = ["image", *(f"{place + 1}." for place in range(top_k))]
+    rows = []
+    for record in records:
+        guesses = [f"{guess.label} {show.percent(guess.score)}" for guess in record.top]
+        cells = [f"error: {record.error}"] if record.error else guesses
+        rows.append([record.source, *cells, *[""] * (top_k - len(cells))])
+    if output is None:
+        show.table(columns, rows)
+    else:
+        show.write_result(show.plain_table(columns, rows), output)
+
+
+def trace(run: TraceRun) -> int:
+    """The steps of one image, and where their pictures are."""
+    from vitrail.jobs.trace import trace as job
+
+    with show.messages():
+        traced = job(run)
+    if run.format == "json":
+        print(show.json_text(traced.to_dict()))
+        return 0
+    steps = traced.trace.steps
+    show.table(["step", "shape", ""], [[step.name, step.size, step.note] for step in steps], right=["shape"])
+    show.say(f"picture: {traced.picture}\npage:    {traced.page}")
+    return 0
+
+
+def models(run: ModelsRun) -> int:
+    """The list of networks."""
+    from vitrail.jobs.models import RULE
+    from vitrail.jobs.models import models as job
+
+    rows = job(run)
+    if run.format == "json":
+        print(show.json_text([row._asdict() for row in rows]))
+        return 0
+    show.table(
+        ["model", "family", "parameters", "GFLOPs", "input"],
+        [
+            [row.name, row.family, f"{row.parameters:,}", f"{row.gflops:.2f}", _size(row.input_size)]
+            for row in rows
+        ],
+        right=["parameters", "GFLOPs", "input"],
+    )
+    show.say(f"{len(rows)} models. {RULE}.")
+    return 0
+
+
+def info(run: InfoRun) -> int:
+    """A card."""
+    from vitrail.jobs.info import info as job
+
+    with show.messages():
+        found = job(run)
+    if run.format == "json":
+        print(show.json_text(found.to_dict()))
+    else:
+        show.table(["", found.model], _card_rows(found))
+    return 0
+
+
+def _card_rows(found: Info) -> list[list[str]]:
+    """What a card says, line by line; what nobody knows is left out."""
+    rows: list[tuple[str, str]] = [("what", found.what), ("family", found.family)]
+    if found.cost is not None:
+        rows += [("parameters", f"{found.cost.parameters:,}"), ("GFLOPs", f"{found.cost.gflops:.2f}")]
+    rows += [("classes", str(found.config.get("num_classes", "")))]
+    if found.card is not None:
+        card, wanted = found.card, found.card.preprocessing
+        labels = card.labels or ()
+        rows += [
+            ("labels", ", ".join(labels[:10]) + (", ..." if len(labels) > 10 else "")),
+            ("input", f"{wanted.in_chans} × {_size(wanted.input_size)}"),
+            ("resizing", f"{wanted.interpolation}, {wanted.crop_mode}, keeps {wanted.crop_pct:.4g}"),
+            ("mean", " ".join(f"{value:.4g}" for value in wanted.mean)),
+            ("std", " ".join(f"{value:.4g}" for value in wanted.std)),
+            *((name, f"{value:.4f}") for name, value in card.scores.items()),
+            ("data", card.data),
+            ("source", card.source),
+            ("licence", card.licence),
+            ("notes", card.notes),
+        ]
+    if found.tensors:
+        rows += [
+            ("layout", found.layout),
+            ("fits", "" if found.fit is None else f"{found.fit:.1%} of the network's tensors"),
+            ("tensors", f"{found.tensors} ({found.bytes / 1e6:.1f} MB)"),
+            ("sha256", found.sha256),
+        ]
+    rows += [("config", ", ".join(f"{name}={_plain(value)}" for name, value in found.config.items()))]
+    return [[name, value] for name, value in rows if value]
+
+
+def doctor(run: DoctorRun) -> int:
+    """The findings; 1 when something is broken."""
+    from vitrail.jobs.doctor import doctor as job
+
+    findings = job(run)
+    if run.format == "json":
+        print(show.json_text([finding._asdict() for finding in findings]))
+    else:
+        show.table(
+            ["", "status", "", "cure"],
+            [[finding.name, finding.status, finding.value, finding.cure] for finding in findings],
+        )
+    broken = [finding.name for finding in findings if finding.status == "broken"]
+    show.say(f"broken: {', '.join(broken)}" if broken else "Nothing is broken.")
+    return 1 if broken else 0
+
+
+def bench(run: BenchRun) -> int:
+    """Speeds of a network, and of its peers beside it."""
+    import dataclasses
+
+    from vitrail.jobs.bench import bench as job
+    from vitrail.jobs.models import RULE
+
+    with show.messages() as handler, show.Counter("rounds", handler) as counter:
+        found = job(run, counter)
+    if run.format == "json":
+        gflops = {"parameters": found.cost.parameters, "gflops": found.cost.gflops}
+        speeds = [speed._asdict() for speed in found.speeds]
+        print(show.json_text({**dataclasses.asdict(found), "cost": gflops, "speeds": speeds}))
+        return 0
+    ours = {speed.mode: speed.best for speed in found.speeds if speed.contender == "vitrail"}
+    show.table(
+        ["network of", "mode", "images/s, best", "median", "vitrail is", "memory, MB"],
+        [
+            [
+                speed.contender,
+                speed.mode,
+                f"{speed.best:.2f}",
+                f"{speed.median:.2f}",
+                "" if speed.contender == "vitrail" else f"{ours[speed.mode] / speed.best:.2f} ×",
+                f"{speed.memory / 1e6:,.0f}",
+            ]
+            for speed in found.speeds
+        ],
+        right=["images/s, best", "median", "vitrail is", "memory, MB"],
+    )
+    show.say(
+        f"{found.model}, {_size(found.img_size)}, batch {found.batch_size}, {found.precision}, {found.device},"
+        f" {found.threads} threads, {found.repeats} rounds in turns; {found.cost.parameters:,} parameters,"
+        f" {found.cost.gflops:.2f} GFLOPs. {RULE}."
+    )
+    return 0
+
+
+def _size(size: tuple[int, int]) -> str:
+    return f"{size[0]} × {size[1]}"
+
+
+def _plain(value: Any) -> str:
+    return "×".join(map(str, value)) if isinstance(value, list) else str(value)
