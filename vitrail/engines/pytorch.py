@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vitrail.data.transforms import normalise
 from vitrail.models.registry import from_pretrained
 from vitrail.runtime import Runtime, choose_device, choose_precision
+from vitrail.weights.card import Card
 
 
 class TorchEngine:
@@ -27,10 +28,10 @@ class TorchEngine:
     ) -> None:
         place = choose_device(device)
         self.runtime = Runtime(device=place, precision=choose_precision(precision, place))
-        self.network: Any = model if isinstance(model, nn.Module) else from_pretrained(model_folder(model))
-        self.network.to(place)
-        self.card = self.network.card
-        self.classes = int(self.network.num_classes)
+        network: Any = model if isinstance(model, nn.Module) else from_pretrained(model_folder(model))
+        self.network: Any = network.to(place)
+        self.card: Card = network.card
+        self.classes = int(network.num_classes)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits `[B, K]`, float32 on the engine's device, of uint8 images `[B, C, h, w]`."""

@@ -119,7 +119,8 @@ class Recording:
 
     @property
     def stages(self) -> int:
-        return 1 + max((record.stage for record in [*self.entries, *self.blocks]), default=-1)
+        numbers = [entry.stage for entry in self.entries] + [block.stage for block in self.blocks]
+        return 1 + max(numbers, default=-1)
 
 
 def stages_of(network: nn.Module) -> dict[str, Stage]:

@@ -22,7 +22,7 @@ LOOKS, SIGNED, LIKE = "cividis", "PuOr_r", "viridis"
 """Colour scales of attention, of values around zero, of similarity."""
 
 COLUMNS, MOST_LAYERS = 6, 12
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
     "text.color": INK,
@@ -48,7 +48,7 @@ def poster(trace: Trace) -> bytes:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(14, sum(heights)), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
-        bands = figure.subfigures(len(heights), 1, height_ratios=heights)
+        bands: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
         _title(bands[0], trace)
         _patches(bands[1], trace)
         _tokens(bands[2], trace)

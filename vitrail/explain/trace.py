@@ -376,7 +376,7 @@ def _component(block: BlockRecord, before: Tensor | None) -> Float[Tensor, "h w"
     direction = centred[centred.norm(dim=1).argmax()]
     for _ in range(30):
         direction = F.normalize(centred.t() @ (centred @ direction), dim=0)
-    values = (centred @ direction).unflatten(0, tuple(block.grid))  # [h, w]
+    values: Tensor = (centred @ direction).unflatten(0, tuple(block.grid))  # [h, w]
     if before is not None and before.shape == values.shape and float((before * values).sum()) < 0:
         values = -values
     return values

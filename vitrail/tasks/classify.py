@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from vitrail.errors import ConfigError, DataError
@@ -168,27 +168,31 @@ class ClassMetrics:
         self.pairs = torch.zeros(pairs, dtype=torch.int64)  # target * K + predicted
 
     def add(self, output: Tensor | ClassOutput, targets: Int[Tensor, " B"]) -> None:
-        """Count one batch: logits `[B, K]` and true class numbers `[B]`. Nothing is copied off the device."""
+        """Count one batch: logits `[B, K]` and true class numbers `[B]`; rows with a negative one are left out.
+
+        Nothing is copied off the device.
+        """
         logits = (output.logits if isinstance(output, ClassOutput) else output).detach().float()
         self._move(logits.device)
         targets = targets.to(logits.device)
+        one = (targets >= 0).long()  # a row that only keeps processes in step weighs nothing
+        targets = targets.clamp(min=0)
         log_probabilities = logits.log_softmax(dim=1)
         truth = log_probabilities.gather(1, targets[:, None]).squeeze(1)  # [B]
         best, predicted = log_probabilities.max(dim=1)
-        hits = predicted == targets
-        in_five = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None]).any(dim=1)
+        hits = (predicted == targets) * one
+        in_five = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(targets[:, None]).any(dim=1) * one
         exact = self.sums.dtype
-        for number, values in enumerate((torch.ones_like(truth), -truth, hits, in_five)):
+        for number, values in enumerate((one, -truth * one, hits, in_five)):
             self.sums[number] += values.to(exact).sum()
-        one = torch.ones_like(targets)
-        self.per_class[0].index_add_(0, targets, hits.to(one.dtype))
+        self.per_class[0].index_add_(0, targets, hits)
         self.per_class[1].index_add_(0, predicted, one)
         self.per_class[2].index_add_(0, targets, one)
         if len(self.pairs):
             self.pairs.index_add_(0, targets * len(self.labels) + predicted, one)
-        confidence = best.exp().nan_to_num(0.0).to(exact)
+        confidence = best.exp().nan_to_num(0.0).to(exact) * one
         place = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)  # [B]
-        self.bins[0].index_add_(0, place, torch.ones_like(confidence))
+        self.bins[0].index_add_(0, place, one.to(exact))
         self.bins[1].index_add_(0, place, confidence)
         self.bins[2].index_add_(0, place, hits.to(exact))
 
@@ -280,3 +284,49 @@ class ClassMetrics:
         exact = torch.float32 if device.type == "mps" else torch.float64  # Apple's chips have no float64
         self.sums, self.bins = self.sums.to(device, exact), self.bins.to(device, exact)
         self.per_class, self.pairs = self.per_class.to(device), self.pairs.to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mistake:
+    """One picture that was named wrongly."""
+
+    index: int
+    """Its number in the data."""
+    truth: str
+    predicted: str
+    score: float
+    """Probability given to the wrong class."""
+    pixels: UInt8[Tensor, "C h w"]
+    """What the network saw."""
+
+
+class Mistakes:
+    """The most confident mistakes of an evaluation; hand `add` to it as `watch`."""
+
+    def __init__(self, labels: Sequence[str], most: int = 25) -> None:
+        self.labels, self.most = tuple(labels), most
+        self._found: list[Mistake] = []
+
+    def add(self, output: Tensor, batch: Any) -> None:
+        """Look at one batch: logits `[B, K]`, and `.images`, `.targets`, `.indices`."""
+        scores, predicted = output.detach().float().softmax(dim=1).max(dim=1)
+        targets = batch.targets.to(predicted.device)
+        scores = scores.masked_fill((predicted == targets) | (targets < 0), -1.0).nan_to_num(-1.0)
+        best = scores.topk(min(self.most, len(scores)))
+        limit = self._found[-1].score if len(self._found) == self.most else 0.0
+        for place, score in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+            if score > limit:
+                self._found.append(
+                    Mistake(
+                        index=int(batch.indices[place]),
+                        truth=self.labels[int(targets[place])],
+                        predicted=self.labels[int(predicted[place])],
+                        score=score,
+                        pixels=batch.images[place].cpu().clone(),
+                    )
+                )
+        self._found = sorted(self._found, key=lambda mistake: -mistake.score)[: self.most]
+
+    def result(self) -> list[Mistake]:
+        """The mistakes, most confident first."""
+        return list(self._found)
