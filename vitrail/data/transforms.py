@@ -6,7 +6,9 @@ goes through data/augment.py, with the same resizing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -39,6 +41,21 @@ def resize(image: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     kind = Image.Resampling[interpolation.upper()]
     planes = [Image.fromarray(plane.numpy()).resize(size[::-1], kind) for plane in image]
     return torch.from_numpy(np.stack([np.asarray(plane) for plane in planes]))  # [C, h, w]
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch work in one thread, as it should on single pictures: sharing out 50,000 pixels costs more
+    than it saves, and a hundred times more where other programs hold the other cores."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Geometry(NamedTuple):
@@ -100,7 +117,8 @@ class Preprocess:
             )
         self.preprocessing = preprocessing
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, seed: int = 0) -> Tensor:
+        """`seed` is there for loaders, which hand it to every transform; nothing here is random."""
         record = self.preprocessing
         plan = self.plan(image.shape[1], image.shape[2])
         top, left, bottom, right = plan.window
