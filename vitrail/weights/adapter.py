@@ -20,8 +20,8 @@ from vitrail.weights.reading import Made, Reading, Shapes, recognise, signed
 from vitrail.weights.rules import Drop as Drop
 from vitrail.weights.rules import Layout as Layout
 from vitrail.weights.rules import Match as Match
-from vitrail.weights.rules import matches as matches
 from vitrail.weights.rules import Rule as Rule
+from vitrail.weights.rules import matches as matches
 from vitrail.weights.transforms import TRANSFORMS, Context
 
 SHOWN = 6

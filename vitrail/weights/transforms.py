@@ -43,11 +43,13 @@ def _without_prefix_zeros(table: Tensor, context: Context) -> Tensor:
 
 def _neighbours_last(tensor: Tensor) -> Tensor:
     """The last axis from (channel, row, column) of 2 x 2 neighbours to (column, row, channel)."""
-    return tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+    turned: Tensor = tensor.unflatten(-1, (-1, 2, 2)).transpose(-1, -3).flatten(-3)
+    return turned
 
 
 def _channels_first(tensor: Tensor) -> Tensor:
-    return tensor.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
+    turned: Tensor = tensor.unflatten(-1, (2, 2, -1)).transpose(-1, -3).flatten(-3)
+    return turned
 
 
 def _without_keys(bias: Tensor, context: Context) -> Tensor:
