@@ -99,7 +99,8 @@ class Loader:
             al. 2020); the epoch keeps its length and sees 1 / repeats of the pictures.
         unreadable: `replace` by the next readable picture, or `drop` the row.
         max_bad_share: share of unreadable pictures above which DataError is raised (one alone never does,
-            unless the share is 0).
+            unless the share is 0). A batch of which nothing is left is passed over, or made a filler row
+            where several ranks go in step.
         timeout: seconds to wait for a worker's batch before giving up with DataError.
         pin_memory: page-locked batches, for quicker copies to a CUDA device.
     """
@@ -204,7 +205,8 @@ class Loader:
                     f"No readable picture was found near {skipped[-1][1]} Run vitrail data check."
                 )
             self._position += self.batch_size
-            yield batch
+            if self.world > 1 or int(batch.indices[0]) != FILLER:
+                yield batch
         self.epoch, self._position = epoch + 1, 0
 
     def shares(self) -> Iterator[Share]:

@@ -121,8 +121,9 @@ def open_splits(
     """Find the splits of a data set (several folders and archives together are one).
 
     `val`: folders or archives whose pictures all are validation pictures. Without them, and without val/ in
-    the data, test/ is used; without that, `val_share` of every class, chosen by the hash of (seed, name), so
-    that adding a picture moves no other (0: no validation).
+    the data, `val_share` of every class is held back from training (0: no validation), chosen by the hash of
+    (seed, name), so that adding a picture moves no other. test/ never stands in for val/: what chooses the
+    model cannot judge it.
 
     Raises DataError: nothing there, no pictures, no classes, one class alone, val has a class that train has
     not.
@@ -144,15 +145,12 @@ def open_splits(
         if pools["train"]:
             notes.append(f"{len(pools[''])} pictures outside any split count as training pictures.")
         pools["train"] += pools.pop("")
-    if pools["train"] and not pools["val"]:
-        if pools["test"]:
-            notes.append("There is no val/; test/ is used for validation, so its score chooses the model.")
-            pools["val"] = pools["test"]
-        elif val_share:
-            pools["train"], pools["val"] = _held_back(pools["train"], stores, val_share, seed)
-            notes.append(
-                f"There is no val/; {len(pools['val'])} of {len(found)} pictures are held back for validation."
-            )
+    if pools["train"] and not pools["val"] and val_share:
+        pools["train"], pools["val"] = _held_back(pools["train"], stores, val_share, seed)
+        count = len(pools["val"])
+        notes.append(
+            f"There is no val/; {count} of {count + len(pools['train'])} training pictures are held back for it."
+        )
     return _assemble(paths, stores, pools, given, notes)
 
 
