@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from vitrail.errors import ModelError
 from vitrail.models.cait_layouts import RENAMES as RENAMES
 from vitrail.models.cait_layouts import context as context
+from vitrail.models.checks import check_config
 from vitrail.models.classifier import Classifier
 from vitrail.nn.block import Block
 from vitrail.nn.class_attention import ClassAttention, ClassBlock, TalkingHeads
@@ -64,18 +64,7 @@ class Config:
     """Dropout on the first stage's attention weights."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "class_depth", "heads", "hidden", "in_chans"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.num_classes < 0:
-            raise ModelError(f"num_classes must be 0 or more; got {self.num_classes}.")
-        for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ModelError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
-        if min(*self.img_size, *self.patch_size) < 1:
-            raise ModelError(f"Sizes must be at least 1; got img_size {self.img_size}, patch_size {self.patch_size}.")
-        if self.width % self.heads:
-            raise ModelError(f"The width must be a multiple of the heads; got width {self.width}, {self.heads} heads.")
+        check_config(self, counts=("width", "depth", "class_depth", "heads", "hidden"))
         patch_grid(self.img_size, self.patch_size)
 
 
@@ -108,7 +97,9 @@ def build(config: Config) -> Classifier:
         Stage(patches, blocks, shown=False),
         Stage(Chain(prefix=PrefixTokens(width, cls=1)), class_blocks, nn.LayerNorm(width, eps=EPS)),
     ]
-    model = Classifier(Trunk(stages, [Level(width, config.patch_size[0])]), ClassHead(width, config.num_classes))
+    model = Classifier(
+        Trunk(stages, [Level(width, config.patch_size[0])]), ClassHead(width, config.num_classes)
+    )
     if not skip_on_meta(model):
         init_trunc_normal(model)
     return model
@@ -116,7 +107,12 @@ def build(config: Config) -> Classifier:
 
 def _cait(width: int, depth: int, epsilon: float, image: int) -> Config:
     return Config(
-        img_size=(image, image), width=width, depth=depth, heads=width // 48, hidden=4 * width, layer_scale=epsilon
+        img_size=(image, image),
+        width=width,
+        depth=depth,
+        heads=width // 48,
+        hidden=4 * width,
+        layer_scale=epsilon,
     )
 
 

@@ -18,6 +18,7 @@ from typing import Literal
 from torch import nn
 
 from vitrail.errors import ModelError
+from vitrail.models.checks import check_config
 from vitrail.models.classifier import Classifier
 from vitrail.models.deit_layouts import RENAMES as RENAMES
 from vitrail.models.deit_layouts import context as context
@@ -75,18 +76,7 @@ class Config:
     """Dropout on attention weights."""
 
     def __post_init__(self) -> None:
-        for name in ("width", "depth", "heads", "hidden", "in_chans", "parallel"):
-            if getattr(self, name) < 1:
-                raise ModelError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        if self.num_classes < 0:
-            raise ModelError(f"num_classes must be 0 or more; got {self.num_classes}.")
-        for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ModelError(f"{name} must lie in [0, 1); got {getattr(self, name)}.")
-        if min(*self.img_size, *self.patch_size) < 1:
-            raise ModelError(f"Sizes must be at least 1; got img_size {self.img_size}, patch_size {self.patch_size}.")
-        if self.width % self.heads:
-            raise ModelError(f"The width must be a multiple of the heads; got width {self.width}, {self.heads} heads.")
+        check_config(self, counts=("width", "depth", "heads", "hidden", "parallel"))
         if self.stem == "hmlp" and (self.patch_size != (16, 16) or self.width % 4):
             raise ModelError(
                 "The hMLP stem needs patches of 16 x 16 and a width that 4 divides;"
@@ -98,7 +88,9 @@ class Config:
 def build(config: Config) -> Classifier:
     """The network of a configuration, initialised from torch's default generator."""
     rates = drop_path_rates(config.drop_path_rate, config.depth, config.drop_path_shape)
-    stage = Stage(_entry(config), [_block(config, rate) for rate in rates], nn.LayerNorm(config.width, eps=EPS))
+    stage = Stage(
+        _entry(config), [_block(config, rate) for rate in rates], nn.LayerNorm(config.width, eps=EPS)
+    )
     head: ClassHead | DistilledHead = (DistilledHead if config.distilled else ClassHead)(
         config.width, config.num_classes
     )
@@ -123,7 +115,9 @@ def _entry(config: Config) -> Chain:
 
 def _block(config: Config, drop_path: float) -> Block | ParallelBlock:
     mixers = [
-        Attention(config.width, config.heads, attention_dropout=config.attn_drop_rate, dropout=config.drop_rate)
+        Attention(
+            config.width, config.heads, attention_dropout=config.attn_drop_rate, dropout=config.drop_rate
+        )
         for _ in range(config.parallel)
     ]
     common = {"layer_scale": config.layer_scale, "drop_path": drop_path, "dropout": config.drop_rate}

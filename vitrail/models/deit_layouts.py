@@ -83,7 +83,9 @@ def _parallel(attention: tuple[str, str, str], mlp: tuple[str, str, str], place:
         (mlp, f"{BLOCK}.mlps.{place}", ("fc1", "fc2")),
     ):
         rules.append(Rule(f"blocks.{{i}}.{norm}.{PAIR}", f"{ours}.norm.{PAIR}"))
-        rules.extend(Rule(f"blocks.{{i}}.{body}.{part}.{PAIR}", f"{ours}.body.{part}.{PAIR}") for part in parts)
+        rules.extend(
+            Rule(f"blocks.{{i}}.{body}.{part}.{PAIR}", f"{ours}.body.{part}.{PAIR}") for part in parts
+        )
         rules.append(Rule(f"blocks.{{i}}.{factor}", f"{ours}.scale.gamma"))
     return tuple(rules)
 
@@ -100,7 +102,10 @@ _NO_HEAD = Drop("head_dist.*", "this model has no head", when="headless")
 
 TIMM = Layout(
     name="timm",
-    signature=("norm.weight", "pos_embed"),  # DeiT's own files are the same, so this one, which asks more, wins
+    signature=(
+        "norm.weight",
+        "pos_embed",
+    ),  # DeiT's own files are the same, so this one, which asks more, wins
     prefixes=plain.TIMM.prefixes,
     rules=(
         *plain.TIMM.rules,

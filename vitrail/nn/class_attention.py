@@ -34,9 +34,17 @@ class TalkingHeads(Attention):
     """
 
     def __init__(
-        self, width: int, heads: int, *, qkv_bias: bool = True, attention_dropout: float = 0.0, dropout: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
-        super().__init__(width, heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout)
+        super().__init__(
+            width, heads, qkv_bias=qkv_bias, attention_dropout=attention_dropout, dropout=dropout
+        )
         self.before, self.after = HeadMixing(heads), HeadMixing(heads)
 
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B N D"]:
@@ -68,7 +76,13 @@ class ClassAttention(nn.Module):
     """
 
     def __init__(
-        self, width: int, heads: int, *, qkv_bias: bool = True, attention_dropout: float = 0.0, dropout: float = 0.0
+        self,
+        width: int,
+        heads: int,
+        *,
+        qkv_bias: bool = True,
+        attention_dropout: float = 0.0,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.heads, self.scale = heads, (width // heads) ** -0.5
@@ -82,7 +96,9 @@ class ClassAttention(nn.Module):
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B P D"]:
         queries, keys = self._pair(tokens, grid)
         dropout = self.attention_dropout if self.training else 0.0
-        return self._merge(attend(queries, keys, self._split(self.value(tokens)), self.scale, dropout=dropout))
+        return self._merge(
+            attend(queries, keys, self._split(self.value(tokens)), self.scale, dropout=dropout)
+        )
 
     def weights(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B H P N"]:
         queries, keys = self._pair(tokens, grid)
