@@ -1,0 +1,198 @@
+"""One forward pass with its attention written down, told in the order in which it was computed.
+
+A `Look` is one mixer's weights, with the layout of its keys; a `Move` is what the entry of a stage does to the
+places of tokens. Together they say how every last token hangs on the cells of the first grid, for any network
+that is made of stages; nothing here knows a family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.errors import ConfigError, UnsupportedError
+from vitrail.explain.capture import listen, stages_of
+from vitrail.explain.places import PIXELS, Axis, Keys, Placement, axes, keys_of
+from vitrail.nn.shapes import Grid
+
+Item = TypeVar("Item")
+
+
+@dataclass(kw_only=True)
+class Look:
+    """One mixer in the pass."""
+
+    name: str
+    """The mixer's name within the network."""
+    block: str
+    """The name of the block that it stands in; mixers side by side share it."""
+    number: int
+    """Place in the pass, from 0."""
+    grid: Grid
+    prefix: int
+    """Tokens before the grid's."""
+    keys: Keys
+    placement: Placement
+    """Where the cells of the grid lie in the network's input."""
+    weights: Float[Tensor, "B H N M"]
+    """Attention of queries to keys; where N is the prefix alone, the other tokens are handed on unread."""
+
+
+@dataclass(kw_only=True)
+class Move:
+    """One entry in the pass: the map's cells become coarser, prefix tokens come in behind those that are there."""
+
+    name: str
+    before: Grid
+    after: Grid
+    prefix_before: int
+    prefix_after: int
+    rows: Axis
+    columns: Axis
+
+
+@dataclass(kw_only=True)
+class Pass:
+    """What was recorded."""
+
+    events: list[Look | Move] = field(default_factory=list)
+    placement: Placement = PIXELS
+    """Where the cells of the last grid lie in the network's input."""
+
+    @property
+    def looks(self) -> list[Look]:
+        return [event for event in self.events if isinstance(event, Look)]
+
+    @property
+    def moves(self) -> list[Move]:
+        return [event for event in self.events if isinstance(event, Move)]
+
+    @property
+    def first(self) -> tuple[Grid, Placement]:
+        """The grid of the first stage, and where its cells lie."""
+        move = self.moves[0]
+        return move.after, PIXELS.after(move.rows, move.columns)
+
+
+def mixers_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The parts of a network whose attention can be written down, by name."""
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if callable(getattr(module, "weights", None)) and callable(getattr(module, "mix", None))
+    }
+
+
+def blocks_of(network: nn.Module) -> dict[str, nn.Module]:
+    """The blocks of all stages by name, in their order."""
+    return {
+        f"{name}.blocks.{number}": block
+        for name, stage in stages_of(network).items()
+        for number, block in enumerate(stage.blocks)
+    }
+
+
+@contextmanager
+def explicit(
+    network: nn.Module,
+    *,
+    gradients: bool = False,
+    keep: Callable[[Tensor], Tensor] | None = None,
+    alter: Callable[[Look, Tensor], Tensor] | None = None,
+    only: Collection[str] | None = None,
+) -> Iterator[Pass]:
+    """Record the forward pass inside; the hooks are removed at the end, also after an error.
+
+    Args:
+        gradients: compute every mixer's output from its recorded weights, so that the output can be
+            differentiated by them.
+        keep: what is kept of the weights, such as the mean over heads; everything by default.
+        alter: other weights to compute the mixer's output from, such as those without some keys.
+        only: names of the mixers that are recorded; all of them by default.
+    """
+    found = Pass()
+    mixers, blocks, stages = mixers_of(network), blocks_of(network), stages_of(network)
+    if only is not None:
+        mixers = {name: mixer for name, mixer in mixers.items() if name in only}
+    entries = {f"{name}.entry": stage.entry for name, stage in stages.items()}
+    homes = {name: next((block for block in blocks if name.startswith(block + ".")), name) for name in mixers}
+
+    def heard(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        if name in entries:
+            move = _move(name, module, arguments, output)
+            found.events.append(move)
+            found.placement = found.placement.after(move.rows, move.columns)
+            return None
+        mixer: Any = module
+        weights: Tensor = mixer.weights(*arguments)
+        if gradients and not weights.requires_grad:
+            weights.requires_grad_()
+        look = _look(name, homes[name], found, module, arguments, weights)
+        look.weights = weights if keep is None else keep(weights)
+        found.events.append(look)
+        if alter is not None:
+            return mixer.mix(alter(look, weights), *arguments)
+        return mixer.mix(weights, *arguments) if gradients else None
+
+    def begin(_module: nn.Module, _arguments: Any) -> None:
+        found.events.clear()
+        found.placement = PIXELS
+
+    started = network.register_forward_pre_hook(begin)
+    try:
+        with listen({**entries, **mixers}, heard):
+            yield found
+    finally:
+        started.remove()
+
+
+def chosen(items: list[Item], number: int, what: str) -> Item:
+    """One of several by number, from 0, or from the end. Raises ConfigError that says which there are."""
+    if not -len(items) <= number < len(items):
+        raise ConfigError(f"{what} must be 0 to {len(items) - 1}, or -1 to {-len(items)}; got {number}.")
+    return items[number]
+
+
+def _move(name: str, entry: nn.Module, arguments: tuple[Any, ...], output: Any) -> Move:
+    (map_before, prefix_before), (map, prefix) = arguments[:2], output
+    before, after = Grid(*map_before.shape[2:]), Grid(*map.shape[2:])
+    rows, columns = axes(entry, before, after)
+    return Move(
+        name=name,
+        before=before,
+        after=after,
+        prefix_before=0 if prefix_before is None else prefix_before.shape[1],
+        prefix_after=0 if prefix is None else prefix.shape[1],
+        rows=rows,
+        columns=columns,
+    )
+
+
+def _look(
+    name: str, block: str, found: Pass, mixer: nn.Module, arguments: tuple[Any, ...], weights: Tensor
+) -> Look:
+    tokens, grid = arguments[:2]
+    prefix = tokens.shape[1] - grid.size
+    keys = keys_of(mixer, weights.shape[3], grid, prefix)
+    if keys is None:
+        raise UnsupportedError(
+            f"{name} attends to {weights.shape[3]} keys from a grid of {grid.rows} x {grid.columns} cells, and"
+            " nothing says where they lie: its attention cannot be laid over the picture."
+            " gradcam, integrated_gradients and occlusion work without it."
+        )
+    return Look(
+        name=name,
+        block=block,
+        number=len(found.looks),
+        grid=grid,
+        prefix=prefix,
+        keys=keys,
+        placement=found.placement,
+        weights=weights,
+    )

@@ -1,0 +1,215 @@
+"""Where tokens lie: from the cells of a grid to the cells of the finer one before it, and to pixels.
+
+Every part that changes a map's size is a window that slides: kernel, stride and padding say which cells a new
+cell is made of, and where its middle lies. Places are measured as in `data.transforms.Geometry`: in pixels or
+cells from the top left corner, edges and not centres.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.nn.bit import BitStem
+from vitrail.nn.entry import Chain, Patchify, SoftSplit
+from vitrail.nn.pyramid import Merge
+from vitrail.nn.shapes import Grid
+
+
+class Reach(NamedTuple):
+    """One axis of a sliding window: new cell i is made of old cells i · stride - padding and `kernel` - 1 on."""
+
+    kernel: int
+    stride: int
+    padding: int
+    after: int
+    """New cells along the axis."""
+
+    @property
+    def shift(self) -> float:
+        """Where the middle of a cell lies beyond (i + 1/2) · stride."""
+        return self.kernel / 2 - self.padding - self.stride / 2
+
+    def matrix(self, before: int) -> Float[Tensor, "a b"]:
+        """Each new cell as the mean of the old cells that its window covers; zeros where it covers none."""
+        first = torch.arange(self.after)[:, None] * self.stride - self.padding
+        old = torch.arange(before)[None]
+        covered = ((old >= first) & (old < first + self.kernel)).float()
+        return covered / covered.sum(dim=1, keepdim=True).clamp_min(1)
+
+
+def sliding(size: int, kernel: int, stride: int, padding: int = 0) -> Reach:
+    """A window that stays within the padded map, as convolutions do."""
+    return Reach(kernel, stride, padding, (size + 2 * padding - kernel) // stride + 1)
+
+
+def covering(size: int, kernel: int, stride: int) -> Reach:
+    """A window whose map is padded to a whole number of strides (what TensorFlow calls SAME)."""
+    after = -(-size // stride)
+    return Reach(kernel, stride, max((after - 1) * stride + kernel - size, 0) // 2 if kernel > stride else 0, after)
+
+
+class Axis(NamedTuple):
+    """How the cells of one axis lie on those of a finer axis: cell place y lies at y · scale + shift."""
+
+    scale: float
+    shift: float
+    matrix: Float[Tensor, "a b"]
+    """Rows that sum to one (or to zero, for cells that see nothing): what each cell is made of."""
+
+
+class Placement(NamedTuple):
+    """Where the cells of a map lie in the network's input: place (y, x) at (y · scale + shift) on each axis."""
+
+    scale_y: float
+    scale_x: float
+    shift_y: float = 0.0
+    shift_x: float = 0.0
+
+    def after(self, rows: Axis, columns: Axis) -> Placement:
+        """The placement of cells that lie as the axes say on the cells placed here."""
+        return Placement(
+            self.scale_y * rows.scale,
+            self.scale_x * columns.scale,
+            self.scale_y * rows.shift + self.shift_y,
+            self.scale_x * columns.shift + self.shift_x,
+        )
+
+
+PIXELS = Placement(1.0, 1.0)
+"""Every pixel is its own cell."""
+
+
+def stretched(grid: Grid, size: tuple[int, int]) -> Placement:
+    """Cells that share a size out evenly: what is assumed of a part that is not known."""
+    return Placement(size[0] / grid.rows, size[1] / grid.columns)
+
+
+def axes(entry: nn.Module, before: tuple[int, int], after: tuple[int, int]) -> tuple[Axis, Axis]:
+    """How an entry's new cells lie on those that came in, for rows and for columns."""
+    found = reaches(entry, before)
+    return (
+        _compose([pair[0] for pair in found], before[0], after[0]),
+        _compose([pair[1] for pair in found], before[1], after[1]),
+    )
+
+
+def reaches(entry: nn.Module, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
+    """The windows that slide in an entry, one after the other, for rows and columns of a map of this size."""
+    if isinstance(entry, Chain | nn.Sequential):
+        found: list[tuple[Reach, Reach]] = []
+        for part in entry.children():
+            found += reaches(part, size)
+            if found:
+                size = (found[-1][0].after, found[-1][1].after)
+        return found
+    if isinstance(entry, BitStem):
+        return _bit(entry, size)
+    if isinstance(entry, SoftSplit):
+        return [_both(sliding(side, entry.kernel, entry.stride, entry.padding) for side in size)]
+    if isinstance(entry, Merge):
+        return [_both(covering(side, 2, 2) for side in size)]
+    if isinstance(entry, Patchify) and entry.rest == "pad":
+        return [_both(covering(side, patch, patch) for side, patch in zip(size, entry.patch, strict=True))]
+    if isinstance(entry, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
+        return [window(entry, size)]
+    for name in ("proj", "conv", "layers"):  # Patchify, OverlapPatch, ConvPool; the stems' sequences
+        part = getattr(entry, name, None)
+        if isinstance(part, nn.Conv2d | nn.Sequential):
+            return reaches(part, size)
+    return []
+
+
+def window(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d, size: tuple[int, int]) -> tuple[Reach, Reach]:
+    """The window of one convolution or pooling."""
+    terms = zip(size, _pair(module.kernel_size), _pair(module.stride), _pair(module.padding), strict=True)
+    return _both(sliding(*term) for term in terms)
+
+
+def _both(found: Iterable[Reach]) -> tuple[Reach, Reach]:
+    rows, columns = found
+    return rows, columns
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def _bit(stem: BitStem, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
+    """The hybrids' stem: a root of 7, a pooling of 3, then one stride of 3 a stage, all with SAME padding."""
+    found = []
+    for kernel in (7, *(3,) * (stem.stride.bit_length() - 2)):
+        found.append(_both(covering(side, kernel, 2) for side in size))
+        size = (found[-1][0].after, found[-1][1].after)
+    return found
+
+
+def _compose(found: list[Reach], before: int, after: int) -> Axis:
+    """One window after the other. Where the cells do not come out so, they are taken to share the map evenly."""
+    if (found[-1].after if found else before) != after:
+        return _even(before, after)
+    scale, shift, matrix, size = 1.0, 0.0, torch.eye(before), before
+    for reach in found:
+        matrix = reach.matrix(size) @ matrix
+        scale, shift, size = scale * reach.stride, shift + scale * reach.shift, reach.after
+    return Axis(scale, shift, matrix)
+
+
+def _even(before: int, after: int) -> Axis:
+    """Cells that share the old ones out evenly, by how much of each they cover."""
+    scale = before / after
+    first = torch.arange(after)[:, None] * scale
+    old = torch.arange(before)[None]
+    covered = (torch.minimum(first + scale, old + 1.0) - torch.maximum(first, old.float())).clamp_min(0)
+    return Axis(scale, 0.0, covered / covered.sum(dim=1, keepdim=True))
+
+
+class Keys(NamedTuple):
+    """Where the keys of attention lie on the grid of its queries."""
+
+    prefix: int
+    """Keys that are prefix tokens; they stand first."""
+    rows: Float[Tensor, "m h"]
+    """What each row of keys is made of, in rows of the grid; zeros for padding."""
+    columns: Float[Tensor, "m w"]
+
+    @property
+    def grid(self) -> Grid:
+        return Grid(self.rows.shape[0], self.columns.shape[0])
+
+
+def keys_of(mixer: nn.Module, count: int, grid: Grid, prefix: int) -> Keys | None:
+    """The layout of so many keys of a mixer whose queries lie on a grid behind a prefix; None if none fits.
+
+    Keys are the tokens themselves, the tokens of a map that was padded (windows), or those of a reduced map.
+    """
+    for before in (prefix, 0) if prefix else (0,):
+        if count == before + grid.size:
+            return Keys(before, torch.eye(grid.rows), torch.eye(grid.columns))
+    window = getattr(mixer, "window", None)
+    if window is not None:
+        padded = [-(-size // min(size, side)) * min(size, side) for size, side in zip(grid, window, strict=True)]
+        if padded[0] * padded[1] == count:
+            return Keys(0, torch.eye(padded[0], grid.rows), torch.eye(padded[1], grid.columns))
+    reduction = getattr(mixer, "reduction", None)
+    if isinstance(reduction, int) and (grid.rows // reduction) * (grid.columns // reduction) == count:
+        rows, columns = (sliding(size, reduction, reduction).matrix(size) for size in grid)
+        return Keys(0, rows, columns)
+    side = round(count**0.5)
+    if reduction == "pool" and side * side == count:
+        return Keys(0, pooled(grid.rows, side), pooled(grid.columns, side))
+    for step in range(2, max(grid) + 1):  # a mixer that is not known: a whole step that fits
+        steps = [covering(size, step, step) for size in grid]
+        if steps[0].after * steps[1].after == count:
+            return Keys(0, steps[0].matrix(grid.rows), steps[1].matrix(grid.columns))
+    return None
+
+
+def pooled(size: int, cells: int) -> Float[Tensor, "c s"]:
+    """What adaptive average pooling makes each of its cells of, along one axis."""
+    return F.adaptive_avg_pool1d(torch.eye(size)[None], cells)[0].t()  # [c, s]
