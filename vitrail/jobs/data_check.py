@@ -1,0 +1,274 @@
+"""`vitrail data check`: what is wrong with a data set, found before it is trained on.
+
+Every picture is read and decoded as training would. The report is plain data; beside it lies a contact sheet:
+a few pictures of each class, and every kind of trouble.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vitrail.data.image import decode
+from vitrail.data.sources import Source, Splits, open_splits
+from vitrail.data.transforms import one_thread
+from vitrail.errors import ImageError
+from vitrail.jobs.contact_sheet import Tile, draw_sheet
+from vitrail.runs import DataCheckRun
+
+TINY = 16
+"""Pixels of the short side below which a picture is called tiny, unless most of the data set is as small."""
+
+HUGE = 20_000_000
+"""Pixels above which a picture is called huge: it costs decoding time and brings no accuracy."""
+
+UNEVEN = 10.0
+"""Pictures of the largest class over those of the smallest, above which the classes count as unbalanced."""
+
+SHOWN = 6
+"""Pictures of each class and of each trouble on the contact sheet."""
+
+CLASSES_SHOWN = 20
+"""Classes on the contact sheet."""
+
+Watch = Callable[[int, int], None]
+
+
+class Look(NamedTuple):
+    """What one picture showed."""
+
+    number: int
+    height: int
+    width: int
+    digest: bytes
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What is known of a data set; `to_dict` is JSON-ready. Files are named as their sources name them."""
+
+    data: tuple[str, ...]
+    pictures: dict[str, int]
+    """Pictures of each split."""
+    classes: dict[str, dict[str, int]]
+    """Pictures of each class, by split."""
+    sizes: dict[str, list[int]]
+    """Height and width: smallest, middle and largest of all readable pictures."""
+    unreadable: list[dict[str, str]]
+    """File and reason."""
+    tiny: list[dict[str, Any]]
+    """File, height and width."""
+    huge: list[dict[str, Any]]
+    duplicates: list[list[str]]
+    """Groups of files with exactly the same bytes, or pixels where there are no bytes."""
+    leaks: list[list[str]]
+    """Those groups that lie in more than one split: what is trained on is also tested on."""
+    conflicts: list[list[str]]
+    """Those groups whose files have different classes."""
+    thin: list[str]
+    """Classes with a single training picture."""
+    absent: list[str]
+    """Classes without a picture in a split, as SPLIT/CLASS."""
+    imbalance: float
+    """Training pictures of the largest class over those of the smallest."""
+    notes: list[str]
+    """What finding the data brought up."""
+    files: tuple[str, ...] = ()
+    """The report and the contact sheet."""
+
+    @property
+    def problems(self) -> list[str]:
+        """What should be mended, one sentence each; empty for a sound data set."""
+        total = sum(self.pictures.values())
+        said = [
+            (self.unreadable, f"{len(self.unreadable)} of {total} pictures cannot be read."),
+            (self.leaks, f"{len(self.leaks)} pictures lie in more than one split: scores would be too good."),
+            (self.conflicts, f"{len(self.conflicts)} pictures lie in more than one class."),
+            (self.duplicates, f"{len(self.duplicates)} pictures occur more than once."),
+            (self.tiny, f"{len(self.tiny)} pictures are tiny (short side below {TINY})."),
+            (self.huge, f"{len(self.huge)} pictures are huge (above {HUGE / 1e6:g} million pixels)."),
+            (self.thin, f"{len(self.thin)} classes have a single training picture."),
+            (self.absent, f"Classes without a picture in a split: {', '.join(self.absent[:5])}."),
+            (
+                self.imbalance > UNEVEN,
+                f"The largest class has {self.imbalance:.1f} times the pictures of the smallest.",
+            ),
+        ]
+        return [sentence for wrong, sentence in said if wrong]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "problems": self.problems}
+
+
+def data_check(run: DataCheckRun, watch: Watch | None = None) -> DataReport:
+    """Check a data set and write report.json and contact-sheet.png. Raises DataError where there is none."""
+    return check(run.data, run.output or "data-check", val=run.val, workers=run.workers, watch=watch)
+
+
+def check(
+    data: Iterable[str],
+    output: str | Path,
+    *,
+    val: Iterable[str] = (),
+    workers: int | None = None,
+    watch: Watch | None = None,
+) -> DataReport:
+    """As `data_check`, in plain arguments. `watch` hears (done, total).
+
+    Pictures that the data holds back for validation by itself count as training pictures here.
+    """
+    data = tuple(data)
+    splits = open_splits(data, val=tuple(val), val_share=0.0)
+    source = splits.everything
+    place = _split_names(splits)
+    looks = list(_looks(source, workers, watch))
+    report = _judged(data, splits, source, place, looks)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    sheet, written = folder / "contact-sheet.png", folder / "report.json"
+    draw_sheet(_rows(source, looks, report), sheet)
+    report = DataReport(**{**vars(report), "files": (str(written), str(sheet))})
+    _write(written, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    return report
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _split_names(splits: Splits) -> list[str]:
+    """The split of each picture of `everything`, which holds train, val and test in this order."""
+    names: list[str] = []
+    for name in ("train", "val", "test"):
+        part: Source | None = getattr(splits, name)
+        names += [name] * (len(part) if part is not None else 0)
+    return names
+
+
+def _looks(source: Source, workers: int | None, watch: Watch | None) -> Iterator[Look]:
+    """Decoders release Python's lock, so threads do."""
+    threads = workers if workers is not None else os.cpu_count() or 1
+    total = len(source)
+    with one_thread(), ThreadPoolExecutor(max(1, threads)) as pool:
+        for start in range(0, total, 256):  # in pieces, so that Ctrl-C and memory stay in hand
+            for look in pool.map(lambda index: _look(source, index), range(start, min(start + 256, total))):
+                yield look
+                if watch is not None:
+                    watch(look.number + 1, total)
+
+
+def _look(source: Source, index: int) -> Look:
+    try:
+        data = source.read(index)
+        raw = data.tobytes() if isinstance(data, np.ndarray) else data
+        digest = hashlib.sha256(raw).digest()
+        _, height, width = decode(data, source.name(index)).shape
+    except ImageError as error:
+        return Look(index, 0, 0, b"", str(error))
+    return Look(index, height, width, digest, "")
+
+
+def _judged(
+    data: tuple[str, ...], splits: Splits, source: Source, place: list[str], looks: list[Look]
+) -> DataReport:
+    sound = [look for look in looks if not look.reason]
+    sides = np.array([(look.height, look.width) for look in sound], dtype=np.int64).reshape(-1, 2)
+    small = bool(len(sides)) and bool(np.median(sides.min(axis=1)) < 2 * TINY)
+    groups: dict[bytes, list[int]] = defaultdict(list)
+    for look in sound:
+        groups[look.digest].append(look.number)
+    twins = [members for members in groups.values() if len(members) > 1]
+    labels = source.labels
+
+    def named(members: list[int]) -> list[str]:
+        return [source.name(index) for index in members]
+
+    def measured(look: Look) -> dict[str, Any]:
+        return {"file": source.name(look.number), "height": look.height, "width": look.width}
+
+    counts: dict[str, dict[str, int]] = {name: {} for name in source.classes}
+    for split in dict.fromkeys(place):
+        part: Source = getattr(splits, split)
+        for name, count in part.counts().items():
+            counts[name][split] = count
+    leading = "train" if splits.train is not None else place[0]
+    numbers = [by_split[leading] for by_split in counts.values()]
+    return DataReport(
+        data=data,
+        pictures={split: place.count(split) for split in dict.fromkeys(place)},
+        classes=counts,
+        sizes=_spread(sides),
+        unreadable=[
+            {"file": source.name(look.number), "reason": look.reason} for look in looks if look.reason
+        ],
+        tiny=[] if small else [measured(look) for look in sound if min(look.height, look.width) < TINY],
+        huge=[measured(look) for look in sound if look.height * look.width > HUGE],
+        duplicates=[named(members) for members in twins],
+        leaks=[named(members) for members in twins if len({place[index] for index in members}) > 1],
+        conflicts=[named(members) for members in twins if len(set(labels[members].tolist())) > 1],
+        thin=[name for name, by_split in counts.items() if by_split[leading] == 1],
+        absent=[
+            f"{split}/{name}" for name, parts in counts.items() for split, count in parts.items() if not count
+        ],
+        imbalance=round(max(numbers) / max(1, min(numbers)), 2),
+        notes=[note for note in splits.notes if not note.startswith("Validation has no picture")],
+    )
+
+
+def _spread(sides: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[int]]:
+    if not len(sides):
+        return {}
+    order = sides[np.argsort(sides.prod(axis=1), kind="stable")]
+    return {
+        "smallest": order[0].tolist(),
+        "middle": order[len(order) // 2].tolist(),
+        "largest": order[-1].tolist(),
+    }
+
+
+def _rows(source: Source, looks: list[Look], report: DataReport) -> Iterator[tuple[str, list[Tile]]]:
+    """Heading and tiles of each row of the contact sheet; troubles first."""
+    by_name = {source.name(look.number): look for look in looks}
+
+    def tiles(names: Iterable[str]) -> list[Tile]:
+        chosen = list(names)[:SHOWN]
+        return [_tile(source, by_name[name]) for name in chosen]
+
+    for heading, names in (
+        ("cannot be read", [item["file"] for item in report.unreadable]),
+        ("in more than one split", [name for group in report.leaks for name in group]),
+        ("in more than one class", [name for group in report.conflicts for name in group]),
+        ("more than once", [name for group in report.duplicates for name in group]),
+        ("tiny", [item["file"] for item in report.tiny]),
+        ("huge", [item["file"] for item in report.huge]),
+    ):
+        if names:
+            yield f"{heading}: {len(names)}", tiles(names)
+    sound = np.array([not look.reason for look in looks])
+    for number, name in list(enumerate(source.classes))[:CLASSES_SHOWN]:
+        members = np.flatnonzero((source.labels == number) & sound)
+        spread = members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).astype(int)]
+        count = sum(report.classes[name].values())
+        yield f"{name}: {count}", [_tile(source, looks[index]) for index in spread.tolist()]
+
+
+def _tile(source: Source, look: Look) -> Tile:
+    name = os.path.basename(source.name(look.number))
+    if look.reason:
+        return Tile(None, name)
+    return Tile(decode(source.read(look.number)).permute(1, 2, 0).numpy(), name)
