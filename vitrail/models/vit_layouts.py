@@ -64,7 +64,7 @@ def _timm_arguments(config: Config) -> dict[str, Any]:
         "no_embed_class": config.class_token and not config.position_on_prefix,
         "reg_tokens": config.registers,
         "global_pool": {"mean": "avg"}.get(config.pool, config.pool),
-        "fc_norm": config.pool_norm == "after",
+        "fc_norm": config.pool_norm == "after" if config.pool == "mean" else None,
         "act_layer": "gelu" if config.gelu == "exact" else "gelu_tanh",
     }
     return arguments
