@@ -25,6 +25,10 @@ FAMILIES: dict[str, str] = {
     "vit":     "vitrail.models.vit",
     "deit":    "vitrail.models.deit",
     "cait":    "vitrail.models.cait",
+    "t2t":     "vitrail.models.t2t",
+    "pvt":     "vitrail.models.pvt",
+    "swin":    "vitrail.models.swin",
+    "pit":     "vitrail.models.pit",
 }  # fmt: skip
 
 

@@ -63,6 +63,11 @@ def _with_zero_keys(bias: Tensor, context: Context) -> Tensor:
     return torch.cat([queries, torch.zeros_like(queries), values])
 
 
+def _swap_first_thirds(rows: Tensor, context: Context) -> Tensor:
+    first, second, third = rows.chunk(3)
+    return torch.cat([second, first, third])
+
+
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(lambda x, c: x, lambda x, c: x),
     # JAX dense (in, out) <-> torch linear (out, in)
@@ -87,6 +92,8 @@ TRANSFORMS: dict[str, Transform] = {
     # a convolution of kernel 1 <-> a linear layer, and the other way
     "conv1x1": Transform(lambda x, c: x.flatten(1), lambda x, c: x[:, :, None, None]),
     "to_conv1x1": Transform(lambda x, c: x[:, :, None, None], lambda x, c: x.flatten(1)),
+    # rows in the order key, query, value (T2T-ViT's token performer) <-> query, key, value
+    "kqv": Transform(_swap_first_thirds, _swap_first_thirds),
     "prefix_zeros": Transform(_prefix_zeros, _without_prefix_zeros),
     # (1, D, h, w) <-> (1, N, D): positions kept as a map (PiT)
     "map": Transform(
