@@ -100,9 +100,9 @@ def _unfilled(name: str, config: Any) -> Model:
 
 
 def save_model(model: Model, path: str | Path) -> None:
-    """Write the model folder, its weights under the names of the family's first layout."""
+    """Write the model folder, its weights under the names of the family's first layout that has a place for them."""
     module = registry.family_of(model.name)
-    layout = module.RENAMES[0]
+    layout = _home(module, model)
     state = adapter.write(
         {name: tensor.detach() for name, tensor in model.state_dict().items()},
         layout,
@@ -116,6 +116,15 @@ def save_model(model: Model, path: str | Path) -> None:
     )
     library = layout.describe(model.name, model.config) if layout.describe is not None else {}
     model.card = folder.save(path, state, card, library)
+
+
+def _home(module: ModuleType, model: Model) -> adapter.Layout:
+    """The first layout that names every tensor of a model (timm lacks some variants of a family that it has)."""
+    known = context(module, model.config)
+    for layout in module.RENAMES:
+        if all(any(rules.matches(layout, name, known)) for name in model.state_dict()):
+            return layout  # type: ignore[no-any-return]
+    return module.RENAMES[0]  # type: ignore[no-any-return]
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], Card | None, str]:

@@ -26,6 +26,7 @@ FAMILIES: dict[str, str] = {
     "deit":    "vitrail.models.deit",
     "cait":    "vitrail.models.cait",
     "t2t":     "vitrail.models.t2t",
+    "performer": "vitrail.models.performer",
     "pvt":     "vitrail.models.pvt",
     "swin":    "vitrail.models.swin",
     "pit":     "vitrail.models.pit",

@@ -118,7 +118,7 @@ class Attention(nn.Module):
         return self.merge(weights @ values, values)
 
     def merge(
-        self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H N E"]
+        self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H M E"]
     ) -> Float[Tensor, "B N V"]:
         """Heads side by side, then the output projection, and the values themselves where they are the skip."""
         out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, N, H * E]
