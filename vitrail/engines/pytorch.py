@@ -28,7 +28,7 @@ class TorchEngine:
     ) -> None:
         place = choose_device(device)
         self.runtime = Runtime(device=place, precision=choose_precision(precision, place))
-        network: Any = model if isinstance(model, nn.Module) else from_pretrained(model_folder(model))
+        network: Any = model if isinstance(model, nn.Module) else from_pretrained(model)
         self.network: Any = network.to(place)
         self.card: Card = network.card
         self.classes = int(network.num_classes)
@@ -44,10 +44,3 @@ class TorchEngine:
         finally:
             self.network.train(training)
         return logits.float()
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder itself, or its `model/` where it is a run's. Whether it is whole, the loader says."""
-    folder = Path(path)
-    inner = folder / "model"
-    return inner if not (folder / "config.json").exists() and (inner / "config.json").exists() else folder

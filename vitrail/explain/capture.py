@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitrail.nn.entry import Chain
 from vitrail.nn.shapes import Grid
 from vitrail.nn.trunk import Stage
+from vitrail.nn.window import WindowAttention, cut
 
 Heard = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
@@ -205,18 +206,23 @@ def _entry_record(
     )
 
 
-def key_grid(keys: int, grid: Grid, prefix: int) -> tuple[Grid, int] | None:
-    """Where the keys of attention lie: their grid and how many stand before it; None where nothing fits.
+def key_grid(record: BlockRecord, keys: int) -> tuple[Grid, int] | None:
+    """Where a block's `keys` lie: their grid, and how many tokens stand before it; None where nothing fits.
 
-    The same tokens as the queries, with or without the prefix, or a grid reduced by a whole step (PVT).
+    The same tokens as the queries, with or without the prefix; a grid reduced by a whole step (PVT); or, with
+    windows, the grid padded to whole windows (Swin), whose further rows and columns lie outside the picture.
     """
+    grid = record.grid
+    if isinstance(record.mixer, WindowAttention):
+        padded = cut(grid, record.mixer.window, record.mixer.shifted).padded
+        return (padded, 0) if padded.size == keys else None
     for step in range(1, max(grid) + 1):
         reduced = {
             Grid(-(-grid.rows // step), -(-grid.columns // step)),
             Grid(max(grid.rows // step, 1), max(grid.columns // step, 1)),
         }
         for candidate in sorted(reduced, key=lambda found: -found.size):
-            for before in (prefix, 0):
+            for before in (record.prefix, 0):
                 if keys == before + candidate.size:
                     return candidate, before
     return None
@@ -229,9 +235,9 @@ class Gaze:
     maps: Float[Tensor, "H h w"]
     """Share of each head's attention that each cell of the key grid gets."""
     elsewhere: Float[Tensor, " H"]
-    """Share of each head's attention that stays on the prefix tokens."""
-    of: str
-    """Whose attention: of the first prefix token, or the mean over all queries."""
+    """Share of each head's attention that goes to prefix tokens, or to the padding of windows."""
+    token: bool
+    """Whether it is the attention of the first prefix token ([CLS]); if not, the mean over all queries."""
 
 
 def gaze(record: BlockRecord) -> Gaze | None:
@@ -242,17 +248,16 @@ def gaze(record: BlockRecord) -> Gaze | None:
     """
     with torch.no_grad():
         weights = record.weights()
-    if weights is None:
-        return None
-    place = key_grid(weights.shape[3], record.grid, record.prefix)
-    if place is None:
+    place = None if weights is None else key_grid(record, weights.shape[3])
+    if weights is None or place is None:
         return None
     grid, before = place
     rows = weights[0].detach().float()  # [H, N, M]
     token = record.prefix > 0
     row = rows[:, 0] if token else rows.mean(dim=1)  # [H, M]
+    maps = row[:, before:].unflatten(1, tuple(grid))[
+        :, : record.grid.rows, : record.grid.columns
+    ]  # [H, h, w]
     return Gaze(
-        maps=row[:, before:].unflatten(1, tuple(grid)).cpu(),  # [H, h, w]
-        elsewhere=row[:, :before].sum(dim=1).cpu(),
-        of="class token" if token else "mean over all queries",
+        maps=maps.cpu(), elsewhere=(row.sum(dim=1) - maps.sum(dim=(1, 2))).clamp(min=0).cpu(), token=token
     )

@@ -89,7 +89,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         maps = layer.gaze.maps
         most = float(maps.max()) or 1.0
         view["gaze"] = {
-            "of": layer.gaze.of,
+            "token": layer.gaze.token,
             "grid": list(maps.shape[1:]),
             "heads": int(maps.shape[0]),
             "most": most,

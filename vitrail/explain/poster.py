@@ -21,6 +21,7 @@ INK, MUTED, LINE, ACCENT, BLUE = "#1c2128", "#5b6570", "#d5dae0", "#d55e00", "#0
 LOOKS, SIGNED, LIKE = "cividis", "PuOr_r", "viridis"
 """Colour scales of attention, of values around zero, of similarity."""
 
+AVERAGE = "the average token"
 COLUMNS, MOST_LAYERS = 6, 12
 STYLE: Any = {
     "font.family": "DejaVu Sans",
@@ -266,8 +267,10 @@ def _scale(
 
 def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
     gazes = [layer.gaze for layer in layers]
-    of = next((found.of for found in gazes if found is not None), "")
-    whose = "[CLS]" if of == "class token" else "the average token"
+    seen = [found.token for found in gazes if found is not None]
+    whose = (
+        "[CLS]" if all(seen) else "[CLS], or the average token where there is none," if any(seen) else AVERAGE
+    )
     _heading(
         band, _inches(band), 5, f"Where {whose} looks, block after block",
         f"attention of {whose} to the patches, mean of the heads; yellow is most, each block on its own scale",
@@ -283,7 +286,7 @@ def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
             axes.imshow(map_, cmap=LOOKS, alpha=0.72, interpolation="nearest", extent=extent)
             itself = float(layer.gaze.elsewhere.mean())
             label = f"peak {map_.max() / max(map_.mean(), 1e-12):.1f} × mean"
-            label += f", {itself:.0%} on {whose}" if itself > 0 else ""
+            label += f", {itself:.0%} elsewhere" if itself > 0.005 else ""
         axes.set_title(layer.name, size=9, loc="left", pad=3)
         axes.set_xlabel(label, size=7.5, loc="left", labelpad=2)
 

@@ -36,8 +36,14 @@ from vitrail.weights.card import Preprocessing
 MOST_REFERENCES = 196
 """Places whose positional similarity is kept; larger grids are thinned evenly."""
 
-TOKEN_WORDS = {"cls": "[CLS]", "dist": "[DIST]", "registers": "registers"}
-"""How prefix tokens are called in the story; others go by their own name."""
+TOKEN_WORDS = {
+    "cls": ("[CLS]",),
+    "dist": ("[DIST]",),
+    "distillation": ("[DIST]",),
+    "tokens": ("[CLS]", "[DIST]"),
+    "registers": ("[REG]",),
+}
+"""How prefix tokens are called in the story, the last word for all further ones; others go by their name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +166,8 @@ def trace(
     prediction = task.decode(logits, top_k=top_k, sources=[source])[0]
     steps = [
         Step(name="picture", shape=(*original, 3), note=f"{source}, rows × columns × channels"),
-        Step(name="image", shape=(*size, int(pixels.shape[0])), note=_preprocessing_words(preprocessing)),
+        Step(name="image", shape=(*size, int(pixels.shape[0])), note=_fitted(preprocessing)),
+        Step(name="normalised", shape=(int(pixels.shape[0]), *size), note=_normalised(preprocessing)),
         *_body_steps(recording),
         *_end_steps(head, pooled[0], recording, logits, prediction),
     ]
@@ -190,11 +197,17 @@ def _patch(first: EntryRecord | None, size: tuple[int, int], grid: Grid) -> tupl
     return -(-size[0] // grid.rows), -(-size[1] // grid.columns)
 
 
-def _preprocessing_words(preprocessing: Preprocessing) -> str:
+def _fitted(preprocessing: Preprocessing) -> str:
     kept = {"center": "middle cropped", "squash": "squashed", "border": "padded"}[preprocessing.crop_mode]
-    mean = ", ".join(f"{value:.3g}" for value in preprocessing.mean)
-    std = ", ".join(f"{value:.3g}" for value in preprocessing.std)
-    return f"resized ({preprocessing.interpolation}), {kept}, less mean {mean}, divided by {std}"
+    return f"resized ({preprocessing.interpolation}), {kept}"
+
+
+def _normalised(preprocessing: Preprocessing) -> str:
+    mean, std = (
+        f"{values[0]:.3g}" if len(set(values)) == 1 else f"({', '.join(f'{value:.3g}' for value in values)})"
+        for values in (preprocessing.mean, preprocessing.std)
+    )
+    return f"(pixel / 255 - {mean}) / {std}"
 
 
 def _body_steps(recording: Recording) -> list[Step]:
@@ -234,16 +247,18 @@ def _entry_steps(record: EntryRecord, where: str) -> list[Step]:
     if isinstance(record.module, PrefixTokens):
         words = _prefix_words(record.module)
         shown = " + ".join(dict.fromkeys(words))
-        return [
-            Step(name=f"{where}{shown}", shape=(count, width), note=f"learned, in front: {len(words)} more")
-        ]
+        return [Step(name=f"{where}{shown}", shape=(count, width), note="learned, put in front")]
     if isinstance(record.module, LearnedPosition | SinCosPosition):
         return [
             Step(name=f"{where}positions", shape=(count, width), note=_position_words(record.module, grid))
         ]
     about = (type(record.module).__doc__ or "").strip().splitlines()
     return [
-        Step(name=f"{where}{record.name}", shape=(*grid, width), note=about[0].rstrip(".") if about else ""),
+        Step(
+            name=f"{where}{_words(record.module) if record.name == 'entry' else record.name}",
+            shape=(*grid, width),
+            note=about[0].rstrip(".") if about else "",
+        ),
     ]
 
 
@@ -251,7 +266,8 @@ def _prefix_words(module: PrefixTokens) -> list[str]:
     """One word a token."""
     words: list[str] = []
     for name in module.names:
-        words += [TOKEN_WORDS.get(name, f"[{name.upper()}]")] * int(getattr(module, name).shape[1])
+        known = TOKEN_WORDS.get(name, (f"[{name.upper()}]",))
+        words += [known[min(place, len(known) - 1)] for place in range(int(getattr(module, name).shape[1]))]
     return words
 
 
@@ -275,9 +291,14 @@ def _mixer_words(record: BlockRecord) -> str:
     """The mixer's class in words, its heads, and what follows it."""
     if record.mixer is None:
         return ""
-    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(record.mixer).__name__).lower()
+    name = _words(record.mixer)
     heads = getattr(record.mixer, "heads", None)
     return f"{name}, {heads} head{'' if heads == 1 else 's'}, then MLP" if heads else f"{name}, then MLP"
+
+
+def _words(module: nn.Module) -> str:
+    """The name of a module's class as words."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(module).__name__).lower()
 
 
 def _end_steps(
@@ -287,9 +308,10 @@ def _end_steps(
     width, classes = int(pooled.shape[-1]), int(logits.shape[1])
     name, note = {
         "token": ("[CLS] vector", "the first token after the last norm"),
-        "mean": ("mean vector", "mean of the patch tokens: there is no [CLS] that is read"),
+        "mean": ("mean vector", "mean of the patch tokens, no [CLS] is read"),
         "flatten": ("all tokens", "laid end to end"),
-    }.get(getattr(head, "pooling", ""), ("pooled vector", "what the head reads"))
+        "both": ("[CLS] and [DIST]", "their mean; each has a head of its own"),
+    }.get("both" if hasattr(head, "distilled") else getattr(head, "pooling", ""), ("pooled vector", ""))
     scores = logits[0].float().softmax(dim=0)
     best = prediction.top[0]
     return [

@@ -16,13 +16,13 @@ from vitrail.data.loader import Loader
 from vitrail.data.sources import Source, open_splits
 from vitrail.data.transforms import Preprocess
 from vitrail.engines import Engine, open_engine
-from vitrail.engines.pytorch import model_folder
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.classify import Classify, ClassMetrics, Mistake, Mistakes
 from vitrail.tasks.draw import NAMED, Tile, confusion_picture, contact_sheet
 from vitrail.train.state import write_atomically
+from vitrail.weights.folder import model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +196,7 @@ def _sheet(mistakes: list[Mistake], source: Source) -> bytes:
         Tile(
             mistake.pixels,
             (
-                f"{mistake.predicted} {mistake.score:.1%}",
+                f"called {mistake.predicted}, {mistake.score:.1%}",
                 f"is {mistake.truth}",
                 Path(source.name(mistake.index)).name,
             ),

@@ -58,7 +58,7 @@ def confusion_picture(confusion: Tensor, labels: Sequence[str]) -> bytes:
     if classes <= NAMED:
         names = [_clipped(label) for label in labels]
         axes.set_yticks(range(classes), names, size=size)
-        axes.set_xticks(range(classes), names, size=size, rotation=90)
+        axes.set_xticks(range(classes), names, size=size, rotation=90 if letters > 3 else 0)
         axes.tick_params(length=0, pad=3)
     if classes <= NUMBERED:
         _numbers(axes, counts)
@@ -94,7 +94,7 @@ def _numbers(axes: Axes, counts: np.ndarray[Any, Any]) -> None:
 def _commonest(
     figure: Figure, counts: np.ndarray[Any, Any], labels: Sequence[str], left: float, height: float
 ) -> None:
-    """The ten commonest mistakes in words."""
+    """The ten commonest mistakes: how often, true class → predicted class."""
     wrong = counts * (1 - np.eye(len(counts)))
     order = np.argsort(-wrong, axis=None, kind="stable")[:10]
     pairs = [divmod(int(place), len(counts)) for place in order if wrong.flat[place] > 0]
@@ -102,8 +102,13 @@ def _commonest(
     if not pairs:
         figure.text(left, 1 - 1.25 / height, "none", color=MUTED, va="top")
     for number, (row, column) in enumerate(pairs):
-        text = f"{int(wrong[row, column])} × {_clipped(labels[row], 20)} taken for {_clipped(labels[column], 20)}"
-        figure.text(left, 1 - (1.25 + 0.21 * number) / height, text, size=8.5, va="top")
+        y = 1 - (1.25 + 0.21 * number) / height
+        count = f"{int(wrong[row, column])} ×"
+        figure.text(
+            left + 0.35 / figure.get_figwidth(), y, count, size=8.5, va="top", ha="right", color=MUTED
+        )
+        text = f"{_clipped(labels[row], 20)} → {_clipped(labels[column], 20)}"
+        figure.text(left + 0.45 / figure.get_figwidth(), y, text, size=8.5, va="top")
 
 
 def contact_sheet(tiles: Sequence[Tile], title: str, caption: str = "", columns: int = 5) -> bytes:
