@@ -140,8 +140,8 @@ class RandomFeatures(Attention):
 class Redraw(nn.Module):
     """An entry that passes everything on, and draws new features for all mixers at every so many training forwards.
 
-    Never in evaluation. The count of forwards and the seed are buffers, so a resumed run draws what the uninterrupted one
-    draws, and so do all ranks. It stands before the blocks, where recomputed activations do not call it again.
+    Never in evaluation. The count of forwards and the seed are buffers, so a resumed run draws what the uninterrupted
+    one draws, and so do all ranks. It stands before the blocks, where recomputed activations do not call it again.
     """
 
     calls: Tensor
