@@ -70,7 +70,7 @@ class TrainRun:
     """The two averaging rates of AdamW."""
     layer_decay: float | None = None
     """Factor on the learning rate for every block further from the head (1 = none)."""
-    sched: Literal["cosine", "linear", "constant", "step"] | None = None
+    sched: Literal["cosine", "linear", "constant", "rsqrt", "step"] | None = None
     """Course of the learning rate after warm-up."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up."""
@@ -122,7 +122,7 @@ class TrainRun:
     """The same bits at every repeat, at some cost in speed."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto takes bf16 where the chip computes in it."""
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
@@ -194,6 +194,62 @@ class TraceRun:
     """How the steps are printed."""
     top_k: int = 5
     """Classes shown at the end."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExplainRun:
+    """Show where a model looks and why it says what it says; with --score, how far to trust the map."""
+
+    model: str
+    """Model folder, run folder, or the name of a network (random weights then)."""
+    images: tuple[str, ...]
+    """Image files, folders of them, or patterns; with --score also a whole data set."""
+    class_: str | None = None
+    """Class to explain, by name or number; by default the predicted one."""
+    method: tuple[str, ...] = ()
+    """auto, all, or names: attention rollout relevance gradcam integrated_gradients occlusion."""
+    score: bool = False
+    """Measure deletion and insertion, beside a random map and a map of the middle."""
+    samples: int = 100
+    """Pictures of a data set that are scored (0 = all)."""
+    layer: int | None = None
+    """Layer of attention or gradcam, from 0, or from the end: -1 is the last."""
+    head: int | None = None
+    """Head of attention; by default the mean over heads."""
+    token: str = ""
+    """Token whose attention is shown: class, distillation or a number."""
+    steps: int = 32
+    """Steps of integrated gradients."""
+    page: bool = True
+    """Write a page on which every patch shows what it attends to."""
+    output: str | None = None
+    """Folder for the results; by default explain/IMAGE or explain/DATA."""
+    format: Format = "table"
+    """How the result is printed."""
+    seed: int = 0
+    """Seed of random maps and of the choice of samples."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectRun:
+    """Draw the figures of the papers for a model of your own."""
+
+    model: str
+    """Model folder, run folder, or the name of a network (random weights then)."""
+    images: tuple[str, ...] = ()
+    """Pictures, folders or archives for the figures that need some; without them, only what the weights tell."""
+    samples: int = 32
+    """Pictures that are looked at."""
+    output: str | None = None
+    """Folder for the figures; by default inspect/MODEL."""
+    format: Format = "table"
+    """How the findings are printed."""
+    seed: int = 0
+    """Seed of the choice of pictures."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 

@@ -63,21 +63,21 @@ class Batches:
         self.targets = torch.arange(count) % 3
         noise = torch.randint(0, 60, (count, 3, 2, 2), generator=generator)
         self.images = (noise + 60 * self.targets[:, None, None, None]).to(torch.uint8)
-        self.size, self.rank, self.world = size, rank, world
+        self.batch_size, self.rank, self.world = size, rank, world
         self.at = (0, 0)
         self.seen: list[tuple[int, ...]] = []
 
     def __len__(self) -> int:
-        return len(self.targets) // self.size
+        return len(self.targets) // self.batch_size
 
-    def resume(self, epoch: int, batch: int) -> None:
-        self.at = (epoch, batch)
+    def resume(self, epoch: int, position: int) -> None:
+        self.at = (epoch, position)
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch, first = self.at
+        epoch, position = self.at
         order = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(epoch))
-        for batch in range(first, len(self)):
-            index = order[batch * self.size : (batch + 1) * self.size][self.rank :: self.world]
+        for start in range(position, len(self) * self.batch_size, self.batch_size):
+            index = order[start : start + self.batch_size][self.rank :: self.world]
             self.seen.append(tuple(index.tolist()))
             yield Batch(self.images[index], self.targets[index])
 

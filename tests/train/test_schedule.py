@@ -16,7 +16,7 @@ def test_every_course_climbs_in_warm_up_and_never_again(course: Course) -> None:
     factors = [schedule(step) for step in range(100)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert max(factors) == 1.0
-    assert all(after <= before for before, after in itertools.pairwise(factors))
+    assert all(after <= before for before, after in itertools.pairwise(factors[10:]))
     assert min(factors) >= 0
 
 

@@ -132,7 +132,7 @@ def set_training_mode(training: Training) -> None:
 def backward(loss: Tensor, runtime: Runtime) -> None:
     """Adds the loss's gradients to those that are there."""
     with runtime.watch("adding up gradients"):
-        (loss if runtime.scaler is None else runtime.scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+        (loss if runtime.scaler is None else runtime.scaler.scale(loss)).backward()
 
 
 def examine(training: Training) -> Scores:

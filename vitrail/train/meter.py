@@ -20,9 +20,12 @@ from vitrail.train.state import Place
 
 
 class Batches(Protocol):
-    """What the loop asks of a loader: to begin at a place inside an epoch."""
+    """What the loop asks of a loader: to begin at any image of an epoch."""
 
-    def resume(self, epoch: int, batch: int) -> None: ...
+    batch_size: int
+    """Images in a batch, over all processes."""
+
+    def resume(self, epoch: int, position: int) -> None: ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -32,23 +35,23 @@ class Feed:
 
     def __init__(self, batches: Batches, place: Place, pace: Pace) -> None:
         self.batches, self.place = batches, place
-        self.usable = pace.steps_per_epoch * pace.accumulate
+        self.usable = pace.steps_per_epoch * pace.accumulate * batches.batch_size
         self.iterator: Iterator[Any] | None = None
 
     def fetch(self) -> Any:
         """The next batch. The last few batches of an epoch, too few for a step, are left out."""
         if self.iterator is None:
-            self.batches.resume(self.place.epoch, self.place.batch)
+            self.batches.resume(self.place.epoch, self.place.position)
             self.iterator = iter(self.batches)
         batch = next(self.iterator, None)
         if batch is None:
             raise DataError(
-                f"Epoch {self.place.epoch} ended after {self.place.batch} of {self.usable} batches: images"
-                " went missing while the run was going on."
+                f"Epoch {self.place.epoch} ended after {self.place.position} of {self.usable} images: some went"
+                " missing while the run was going on."
             )
-        self.place.batch += 1
-        if self.place.batch >= self.usable:
-            self.place.epoch, self.place.batch, self.iterator = self.place.epoch + 1, 0, None
+        self.place.position += self.batches.batch_size
+        if self.place.position >= self.usable:
+            self.place.epoch, self.place.position, self.iterator = self.place.epoch + 1, 0, None
         return batch
 
 

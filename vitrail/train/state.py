@@ -40,8 +40,8 @@ class Place:
     step: int = 0
     """Optimiser steps done, skipped ones included."""
     epoch: int = 0
-    batch: int = 0
-    """Batches taken from the epoch."""
+    position: int = 0
+    """Images taken from the epoch, over all processes."""
     images: int = 0
     """Images seen, over all processes."""
     skipped: int = 0

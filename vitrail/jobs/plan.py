@@ -1,0 +1,265 @@
+"""The plan: what a run does where its user left the choice, from the data, the weights and the machine.
+
+A field that is None (or an empty tuple) is chosen here, and every choice comes with its reason; a field with
+a value is never touched. The numbers behind the choices are in docs/log.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vitrail import config as records
+from vitrail.errors import ConfigError, suggestion
+from vitrail.runs import TrainRun
+
+# Networks for pictures that the published sizes are too large for: fields of the ViT's configuration.
+SMALL_VIT = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What the plan knows of a run."""
+
+    images: int
+    """Training images."""
+    classes: int
+    side: int
+    """Short side of a typical training picture, in pixels."""
+    device: str
+    """cpu, cuda or mps."""
+    cores: int
+    digits: bool = False
+    """Whether the data are the built-in digits, or others where left and right must not be swapped."""
+    pretrained: str | None = None
+    """Name of the network that the given weights are of, where they tell it."""
+    size: tuple[int, int] | None = None
+    """Image size that the given weights are used to."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One decision of the plan. One without a reason changes nothing, and is not worth saying."""
+
+    fields: dict[str, Any]
+    reason: str = ""
+
+    def __str__(self) -> str:
+        chosen = ", ".join(f"{_flag(name)} {_shown(value)}" for name, value in self.fields.items())
+        return f"{chosen}: {self.reason}"
+
+
+def choose(run: TrainRun, facts: Facts) -> tuple[TrainRun, list[Choice]]:
+    """The run with every open field filled in, and what was chosen and why."""
+    made: list[Choice] = []
+    if run.epochs is not None and run.steps is not None:
+        raise ConfigError("Give epochs or steps, not both.")
+    for offer in (_network, _length, _optimiser, _regularisation, _augmentation, _loading):
+        for choice in offer(run, facts):
+            fields = {name: value for name, value in choice.fields.items() if is_open(run, name)}
+            if "epochs" in fields and run.steps is not None:
+                del fields["epochs"]
+            if fields:
+                run = records.replace(run, **fields)
+                if choice.reason:
+                    made.append(dataclasses.replace(choice, fields=fields))
+    return run, made
+
+
+def is_open(run: TrainRun, name: str) -> bool:
+    """Whether a field was left to the plan."""
+    return getattr(run, name) in (None, ())
+
+
+def with_recipe(run: TrainRun) -> TrainRun:
+    """The run with the open fields that its recipe sets. (The command line lets a recipe set every field.)"""
+    if run.recipe is None:
+        return run
+    values = records.read_toml(find_recipe(run.recipe))
+    known = {field.name for field in dataclasses.fields(TrainRun)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"{run.recipe}: {name} is no field of a run.{suggestion(name, known)}")
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainRun)}
+    return records.replace(
+        run, **{name: value for name, value in values.items() if getattr(run, name) == defaults[name]}
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """The TOML file of a recipe: a path, or the name of one that comes with vitrail."""
+    if Path(name).exists():
+        return Path(name)
+    home = Path(__file__).parents[1] / "recipes"
+    folders = [home, home.parents[1] / "recipes"]  # in a wheel, and in a checkout
+    shipped = {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+    if name in shipped:
+        return shipped[name]
+    near = suggestion(name, shipped) or f" The recipes are: {', '.join(shipped)}."
+    raise ConfigError(f"There is no recipe {name}.{near}")
+
+
+def _from_scratch(run: TrainRun) -> bool:
+    return run.pretrained is None
+
+
+def _network(run: TrainRun, facts: Facts) -> Iterator[Choice]:
+    if facts.pretrained is not None:
+        yield Choice(fields={"model": facts.pretrained}, reason="the network that the given weights are of")
+    if not _from_scratch(run):
+        if facts.size is not None:
+            yield Choice(fields={"img_size": facts.size}, reason="the size that the weights are used to")
+        return
+    if run.model is not None:
+        return
+    side, patch = _size(facts)
+    width, depth = _shape(facts)
+    yield Choice(fields={"model": SMALL_VIT}, reason="a small plain ViT, since it starts from nothing")
+    yield Choice(fields={"img_size": (side,)}, reason=f"a picture's short side is about {facts.side}")
+    fields = [f"patch_size={patch}", f"width={width}", f"depth={depth}", f"heads={max(1, width // 64)}"]
+    fields += [
+        f"hidden={4 * width if facts.images >= 10_000 else 2 * width}",
+        "pool=mean",
+        "class_token=False",
+    ]
+    yield Choice(
+        fields={"model_kwargs": tuple(fields)},
+        reason=f"{(side // patch) ** 2} tokens a picture; as large as {facts.images:,} images can fill",
+    )
+
+
+def _size(facts: Facts) -> tuple[int, int]:
+    """Image side and patch: about 64 tokens on a CPU, up to 196 on an accelerator."""
+    if facts.side <= 16:
+        return max(4, 2 * math.ceil(facts.side / 2)), 2
+    if facts.side <= 40:
+        return 32, 4
+    if facts.side <= 80:
+        return 64, 8
+    return (128, 16) if facts.device == "cpu" else (224, 16)
+
+
+def _shape(facts: Facts) -> tuple[int, int]:
+    if facts.images < 5_000:
+        return (64, 6) if facts.side <= 16 else (192, 6)
+    if facts.images < 200_000 or facts.device == "cpu":
+        return 192, 9
+    return 384, 12
+
+
+def _length(run: TrainRun, facts: Facts) -> Iterator[Choice]:
+    if run.freeze == "backbone":
+        yield Choice(fields={"epochs": 50, "batch_size": 256}, reason="only the last layer learns")
+    elif not _from_scratch(run):
+        epochs = 40 if facts.images < 2_000 else 20 if facts.images < 20_000 else 8
+        yield Choice(fields={"epochs": epochs}, reason=f"given weights need few passes over {facts.images:,}")
+    else:
+        epochs = 80 if facts.images < 20_000 else 60 if facts.images < 200_000 else 90
+        why = "from nothing, a ViT needs many passes; more (--epochs) will give more"
+        yield Choice(fields={"epochs": epochs}, reason=why)
+    batch = 32 if facts.images < 2_000 else 64 if facts.images < 20_000 else 128
+    if facts.device == "cuda" and facts.images >= 100_000:
+        batch = 512
+    yield Choice(
+        fields={"batch_size": min(batch, max(1, facts.images // 2))},
+        reason=f"about {facts.images // batch:,} steps an epoch",
+    )
+
+
+def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
+    images_in_a_step = (run.batch_size or 1) * run.grad_accum_steps
+    if run.freeze == "backbone":
+        yield Choice(
+            fields={
+                "opt": "adamw",
+                "lr": 1e-3,
+                "weight_decay": 0.0,
+                "layer_decay": 1.0,
+                "warmup_epochs": 0.0,
+            },
+            reason="one linear layer",
+        )
+    elif _from_scratch(run):
+        yield Choice(fields={"opt": "muon"}, reason="in short runs from nothing it is ahead of AdamW")
+        base = {"muon": 2e-3, "adamw": 1e-3, "sgd": 0.05}[run.opt or "muon"]
+        rate = _round(base * math.sqrt(images_in_a_step / 128))
+        yield Choice(fields={"lr": rate}, reason=f"{base:g} at 128 images a step, times a root")
+        yield Choice(fields={"weight_decay": 1e-4 if run.opt == "sgd" else 0.05, "layer_decay": 1.0})
+    else:
+        base = {"muon": 2e-4, "adamw": 2e-4, "sgd": 0.01}[run.opt or "adamw"]
+        rate = _round(base * math.sqrt(images_in_a_step / 64))
+        yield Choice(
+            fields={"opt": "adamw", "lr": rate, "layer_decay": 0.75, "weight_decay": 0.05},
+            reason="given weights are changed gently, those near the picture least",
+        )
+    yield Choice(fields={"sched": "cosine", "min_lr": 0.0, "clip_grad": 1.0})
+    momentum = 0.95 if (run.opt or "muon") == "muon" and _from_scratch(run) else 0.9
+    yield Choice(fields={"momentum": momentum, "betas": (0.9, 0.95 if _from_scratch(run) else 0.999)})
+    epochs = run.epochs or 10
+    warmup = min(5.0, round(epochs / 10, 1))
+    yield Choice(fields={"warmup_epochs": warmup}, reason="a tenth of the run, 5 at most")
+
+
+def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
+    if run.freeze == "backbone":
+        fields = {"drop_path": 0.0, "smoothing": 0.0, "model_ema": 0.0, "mixup": 0.0, "cutmix": 0.0}
+        yield Choice(fields=fields, reason="a linear layer on fixed features needs none")
+        return
+    long_enough = (run.epochs or 0) >= 20
+    smoothing, drop = (0.1, 0.1) if long_enough else (0.1, 0.0)
+    yield Choice(fields={"drop_path": drop, "smoothing": smoothing}, reason="against learning by heart")
+    yield Choice(fields={"model_ema": _average(run, facts)}, reason="weights averaged over two epochs")
+    if _from_scratch(run) and long_enough and not facts.digits:
+        yield Choice(fields={"mixup": 0.2, "cutmix": 1.0}, reason="mixed pictures stand in for missing ones")
+    else:
+        yield Choice(fields={"mixup": 0.0, "cutmix": 0.0})
+
+
+def _average(run: TrainRun, facts: Facts) -> float:
+    """A decay whose memory is about two epochs, and at most a twentieth of the run."""
+    steps_per_epoch = facts.images / max(1, (run.batch_size or 1) * run.grad_accum_steps)
+    steps = run.steps or steps_per_epoch * (run.epochs or 1)
+    memory = max(10.0, min(2 * steps_per_epoch, steps / 20))
+    return round(1 - 1 / memory, 4)
+
+
+def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
+    if run.freeze == "backbone":
+        fields = {"crop": "none", "hflip": 0.0, "aa": "none", "reprob": 0.0, "color_jitter": 0.0}
+        yield Choice(fields=fields, reason="unchanged pictures: their features are computed once")
+    elif facts.side <= 80 and _from_scratch(run):
+        yield Choice(fields={"crop": "pad"}, reason="small pictures are shifted, not zoomed into")
+    else:
+        scale = (0.08, 1.0) if facts.images >= 100_000 else (0.25, 1.0)
+        yield Choice(fields={"crop": "resized", "scale": scale}, reason="another part every time")
+    if facts.digits:
+        fields = {"hflip": 0.0, "aa": "none", "reprob": 0.0, "color_jitter": 0.0}
+        yield Choice(fields=fields, reason="a mirrored digit is no digit")
+    yield Choice(fields={"hflip": 0.5}, reason="most things are seen from both sides")
+    policy = "trivial" if _from_scratch(run) and (run.epochs or 0) >= 40 else "none"
+    why = "as strong as the run is long" if policy != "none" else ""
+    yield Choice(fields={"aa": policy, "reprob": 0.0, "color_jitter": 0.0}, reason=why)
+    yield Choice(fields={"scale": (0.08, 1.0)})
+
+
+def _loading(run: TrainRun, facts: Facts) -> Iterator[Choice]:
+    workers = 0 if facts.side <= 16 else min(8, facts.cores)
+    reason = "tiny pictures are quicker to read than to hand over" if not workers else "one a core"
+    yield Choice(fields={"workers": workers}, reason=reason)
+
+
+def _round(value: float) -> float:
+    """Two digits: a rate is never known better."""
+    return float(f"{value:.2g}")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _shown(value: Any) -> str:
+    return " ".join(str(part) for part in value) if isinstance(value, tuple) else str(value)

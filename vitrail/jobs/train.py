@@ -1,0 +1,494 @@
+"""The training job: from a run record to a run folder with a model in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vitrail import config as records
+from vitrail.data.augment import Augmentation, TrainTransform
+from vitrail.data.loader import Batch, Loader
+from vitrail.data.mix import Mix
+from vitrail.data.sources import Source
+from vitrail.data.transforms import Preprocess, normalise
+from vitrail.errors import ConfigError, TrainingError
+from vitrail.evaluate import evaluate
+from vitrail.jobs import plan as plans
+from vitrail.jobs import training_parts as parts
+from vitrail.models.classifier import Classifier
+from vitrail.runs import TrainRun
+from vitrail.runtime import Runtime, open_runtime
+from vitrail.tasks.classify import Classify
+from vitrail.train import state
+from vitrail.train.average import Average
+from vitrail.train.features import FeatureBatches, compute_features
+from vitrail.train.log import Log, Note, Record, Reporter, Scores, Stopped, draw_curves, read_log
+from vitrail.train.loop import Training
+from vitrail.train.loop import train as steps
+from vitrail.train.optim import Recipe, build_optimiser
+from vitrail.train.pace import Pace
+from vitrail.train.schedule import Schedule
+from vitrail.train.state import Checkpoint, Place
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run came to."""
+
+    folder: Path
+    model: Path
+    """The model folder, for every other verb."""
+    scores: Mapping[str, Mapping[str, float]]
+    """Scores of the saved model by split (val, test), shares in 0..1."""
+    step: int
+    """The step whose weights were saved."""
+    seconds: float
+    """Time spent training, over all sittings, without start-up."""
+    reason: str
+    """done, interrupted, or patience."""
+
+
+def train(run: TrainRun, reporter: Reporter | None = None) -> TrainResult:
+    """Trains as a record says, and goes on where its run folder stands.
+
+    Open fields of the record are chosen by `vitrail.jobs.plan`, and said through the reporter. Raises UserError
+    for what the caller can mend, TrainingError when the run cannot go on; its last checkpoint is then whole.
+    """
+    run = plans.with_recipe(run)
+    runtime = open_runtime(run.device, run.precision, run.shard, run.deterministic)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return _Job(run, runtime, reporter).go()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            "The accelerator's memory is full. Halve --batch-size and double --grad-accum-steps (the result"
+            f" stays the same), or add --grad-checkpointing. ({str(error).splitlines()[0]})"
+        ) from error
+    finally:
+        if run.deterministic:
+            torch.use_deterministic_algorithms(False)
+        runtime.close()
+
+
+class _Job:
+    """One sitting of a run."""
+
+    def __init__(self, run: TrainRun, runtime: Runtime, reporter: Reporter | None) -> None:
+        self.runtime, self.reporter = runtime, reporter
+        self.log: Log | None = None
+        self.said: list[str] = []
+        self.data = parts.open_data(run, self.say)
+        self.folder = Path(run.output or _default_folder(run))
+        self.found = _find_checkpoint(run, self.folder / "checkpoints")
+        if self.found is not None:
+            run = self._take_up(run, self.found)
+        facts = parts.gather_facts(run, self.data, runtime)
+        self.run, choices = plans.choose(run, facts)
+        for choice in choices:
+            self.say(Note(text=str(choice), kind="choice"))
+        self.task = Classify(self.data.classes, smoothing=self.run.smoothing or 0.0)
+
+    def go(self) -> TrainResult:
+        run, runtime = self.run, self.runtime
+        self.model = parts.build_model(run, self.data, self.say)
+        frozen = parts.freeze(self.model, run)
+        self.preprocessing = self.model.card.preprocessing
+        blocks = [block for stage in self.model.backbone.stages for block in cast(Any, stage).blocks]
+        network = runtime.prepare(self.model, blocks=blocks, compile=run.compile)
+        batches = self._batches()
+        cached = isinstance(batches, FeatureBatches)
+        self.place = Place()
+        self.pace = self._pace(len(batches))
+        recipe = Recipe(
+            kind=run.opt or "adamw",
+            lr=cast(float, run.lr),
+            weight_decay=cast(float, run.weight_decay),
+            momentum=cast(float, run.momentum),
+            betas=cast(tuple[float, float], run.betas),
+            layer_decay=cast(float, run.layer_decay),
+        )
+        self.optimiser = build_optimiser(cast(Any, self.model), recipe, runtime)
+        self.average = Average(self.model, run.model_ema) if run.model_ema else None
+        if self.found is not None:
+            self._restore(self.found)
+        training = Training(
+            network=self.model.get_classifier() if cached else network,
+            runtime=runtime,
+            batches=cast(Any, batches),
+            inputs=self._inputs if not cached else lambda images: images.to(runtime.device),
+            objective=lambda output, targets, images: self.task.loss(output, targets),
+            optimiser=self.optimiser,
+            schedule=self._schedule(),
+            pace=self.pace,
+            place=self.place,
+            average=self.average,
+            mix=self._mix(),
+            frozen=frozen,
+            evaluate=self._evaluate if self.data.val is not None else None,
+            save=self._save,
+            keep_best=self._keep_best,
+        )
+        self.say(Note(text=self._summary()))
+        reason = "done"
+        with self._logging():
+            for record in steps(training):
+                self.report(record)
+                reason = record.reason if isinstance(record, Stopped) else reason
+            return self._finish(reason)
+
+    # Pieces of the run
+
+    def _batches(self) -> Any:
+        """Training batches: images, or their features where nothing about them changes."""
+        run, source = self.run, self.data.train
+        size = self._batch_size(len(source))
+        changed = run.crop != "none" or run.hflip or run.aa != "none" or run.reprob or run.color_jitter
+        still = not changed and not run.mixup and not run.cutmix
+        if run.freeze == "backbone" and still and self.runtime.world == 1 and parts.has_one_layer(self.model):
+            self.say(Note(text=f"The features of {len(source):,} images are computed once."))
+            ordered = self._in_order(source, size=256)
+            last = self.model.get_classifier()
+            features = compute_features(self.model, last, ordered, self._inputs, self.runtime)
+            return FeatureBatches(*features, batch_size=size, seed=run.seed)
+        augmentation = Augmentation(
+            crop=cast(str, run.crop),
+            scale=cast(tuple[float, float], run.scale),
+            pad=max(1, min(self.preprocessing.input_size) // 8),
+            hflip=cast(float, run.hflip),
+            aa=cast(str, run.aa),
+            color_jitter=cast(float, run.color_jitter),
+            reprob=cast(float, run.reprob),
+        )
+        return Loader(
+            source,
+            TrainTransform(self.preprocessing, augmentation),
+            batch_size=size,
+            shuffle=True,
+            drop_last=True,
+            seed=run.seed,
+            workers=cast(int, run.workers),
+            rank=self.runtime.rank,
+            world=self.runtime.world,
+            repeats=run.aug_repeats,
+            max_bad_share=run.max_bad_share,
+            pin_memory=self.runtime.device.type == "cuda",
+        )
+
+    def _batch_size(self, images: int) -> int:
+        """Images in one batch over all processes, which share it evenly."""
+        size, world = cast(int, self.run.batch_size), self.runtime.world
+        if size < 1 or size % world:
+            raise ConfigError(
+                f"batch_size {size} is shared by {world} processes: take a multiple of {world}."
+            )
+        if size * self.run.grad_accum_steps > images:
+            raise ConfigError(
+                f"One step takes {size * self.run.grad_accum_steps} images, and there are {images}: lower"
+                " --batch-size or --grad-accum-steps."
+            )
+        return size
+
+    def _in_order(self, source: Source, size: int, shared: bool = False) -> Iterator[Batch]:
+        """Every picture once, preprocessed as the model is used; `shared` over processes, or all in each."""
+        loader = Loader(
+            source,
+            Preprocess(self.preprocessing),
+            batch_size=size,
+            seed=self.run.seed,
+            workers=cast(int, self.run.workers),
+            rank=self.runtime.rank if shared else 0,
+            world=self.runtime.world if shared else 1,
+            unreadable="drop",
+            max_bad_share=self.run.max_bad_share,
+        )
+        return (batch for batch in loader if int(batch.targets[0]) >= 0)
+
+    def _pace(self, batches: int) -> Pace:
+        run = self.run
+        per_epoch = batches // run.grad_accum_steps
+        total = run.steps or max(1, round(cast(int, run.epochs) * per_epoch))
+        return Pace(
+            steps=total,
+            steps_per_epoch=per_epoch,
+            accumulate=run.grad_accum_steps,
+            clip=cast(float, run.clip_grad),
+            log_every=max(1, min(50, per_epoch // 10)),
+            evaluate_every=max(1, round(run.eval_every * per_epoch)) if run.eval_every else 0,
+            save_every=max(1, round(run.save_every * per_epoch)) if run.save_every else 0,
+            patience=run.patience or 0,
+            seed=run.seed,
+        )
+
+    def _schedule(self) -> Schedule:
+        run = self.run
+        warmup = round(cast(float, run.warmup_epochs) * self.pace.steps_per_epoch)
+        return Schedule(
+            course=run.sched or "cosine",
+            steps=self.pace.steps,
+            warmup=min(warmup, self.pace.steps),
+            floor=cast(float, run.min_lr) / cast(float, run.lr),
+            cooldown=self.pace.steps // 10,
+        )
+
+    def _mix(self) -> Any:
+        run = self.run
+        if not run.mixup and not run.cutmix:
+            return None
+        return Mix(
+            mixup=run.mixup or 0.0,
+            cutmix=run.cutmix or 0.0,
+            num_classes=len(self.data.classes),
+            smoothing=run.smoothing or 0.0,
+        )
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        return normalise(images.to(self.runtime.device, non_blocking=True), self.preprocessing)
+
+    def _evaluate(self) -> tuple[Mapping[str, float], str]:
+        assert self.data.val is not None
+        applied = self.average.applied() if self.average is not None else contextlib.nullcontext()
+        # A sharded network computes in step, so every process goes through all pictures.
+        with applied:
+            scores = self._score(self.model, self.data.val, shared=not self.runtime.shard)
+        return scores, "raw" if self.average is None else "average"
+
+    def _score(self, model: nn.Module, source: Source, shared: bool = False) -> dict[str, float]:
+        """The task's metrics of a model over a source, computed as `vitrail evaluate` does."""
+        model.eval()
+
+        def forward(images: Tensor) -> Tensor:
+            with self.runtime.autocast():
+                output: Tensor = model(self._inputs(images))
+            return output
+
+        batches = self._in_order(source, cast(int, self.run.batch_size), shared)
+        total = self.runtime.sum_tensor if shared else None
+        return dict(evaluate(forward, batches, self.task.metrics(), total=total))
+
+    # Checkpoints
+
+    def _take_up(self, run: TrainRun, found: Checkpoint) -> TrainRun:
+        """The run with open fields as the checkpoint has them; ConfigError when it is another run's."""
+        before = found.facts["config"]
+        kept = {
+            name: value
+            for name, value in before.items()
+            if plans.is_open(run, name) and value not in (None, [])
+        }
+        if run.steps is not None or run.epochs is not None:
+            kept = {name: value for name, value in kept.items() if name not in ("epochs", "steps")}
+        run = records.replace(run, **kept)
+        parts.check_same(before, run, found.path)
+        if found.facts["data"] != self.data.fingerprint:
+            raise ConfigError(
+                f"The training pictures are others than those of {found.path}: files were added, removed or"
+                " changed. Give --resume none, or another --output."
+            )
+        self.say(Note(text=f"Going on from {found.path} (step {found.place.step:,})."))
+        for name, version in parts.versions().items():
+            if found.facts["versions"].get(name) != version and run.deterministic:
+                text = f"{name} was {found.facts['versions'].get(name)} and is {version}: bits may differ."
+                self.say(Note(text=text, kind="warning"))
+        return run
+
+    def _restore(self, found: Checkpoint) -> None:
+        """Puts a checkpoint into network, optimiser, average, scaler and place."""
+        live = self.model.state_dict()
+        if set(live) != set(found.tensors["model"]):
+            raise TrainingError(f"{found.path} holds another network than {self.run.model} as configured.")
+        with torch.no_grad():
+            for name, value in live.items():
+                value.copy_(self.runtime.place_like(found.tensors["model"][name], value))
+        self.optimiser.load(found.tensors["optimiser"])
+        if self.average is not None:
+            self.average.load(found.tensors["average"], self.runtime)
+        if self.runtime.scaler is not None and found.facts["scaler"]:
+            self.runtime.scaler.load_state_dict(found.facts["scaler"])
+        self.place = dataclasses.replace(found.place)
+        if found.facts["steps_per_epoch"] != self.pace.steps_per_epoch:
+            raise TrainingError(f"{found.path} has epochs of another length; it cannot be gone on with.")
+
+    def _save(self, place: Place) -> str:
+        gather = self.runtime.gather
+        tensors = {"model": gather(self.model.state_dict()), "optimiser": gather(self.optimiser.state())}
+        if self.average is not None:
+            tensors["average"] = gather(self.average.weights)
+        folder = self.folder / "checkpoints"
+        path = folder / f"step-{place.step:08d}"
+        if self.runtime.main:
+            path = state.save(folder, place, tensors, self._facts())
+            state.prune(folder, self.run.keep, best=self._named_best(folder))
+            state.write_atomically(folder / "latest", path.name.encode())
+        self.runtime.barrier()
+        return str(path)
+
+    def _named_best(self, folder: Path) -> list[int | None]:
+        """Best steps that a checkpoint still speaks of."""
+        named = [self.place.best_step]
+        for path in state.names(folder)[-max(2, self.run.keep) :]:
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                named.append(json.loads((path / state.FACTS).read_text())["place"]["best_step"])
+        return named
+
+    def _keep_best(self, place: Place) -> None:
+        weights = self.runtime.gather(self._current())
+        if self.runtime.main:
+            state.save(self.folder / "checkpoints", place, {"model": weights}, self._facts(), prefix="best")
+        self.runtime.barrier()
+
+    def _current(self) -> dict[str, Tensor]:
+        """The weights that are scored: averaged ones where there are any."""
+        return {**self.model.state_dict(), **(self.average.weights if self.average is not None else {})}
+
+    def _facts(self) -> dict[str, Any]:
+        config = records.to_dict(self.run)
+        scaler = self.runtime.scaler
+        return {
+            "config": config,
+            "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            "data": self.data.fingerprint,
+            "classes": list(self.data.classes),
+            "versions": parts.versions(),
+            "world": self.runtime.world,
+            "precision": self.runtime.precision,
+            "steps_per_epoch": self.pace.steps_per_epoch,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+
+    # The end
+
+    def _finish(self, reason: str) -> TrainResult:
+        """Writes the model folder and the curves, and scores what was written."""
+        best = self.folder / "checkpoints" / f"best-{self.place.best_step or 0:08d}"
+        step = self.place.step
+        weights = self.runtime.gather(self._current())
+        scores: dict[str, dict[str, float]] = {}
+        if self.runtime.main:
+            if self.place.best_step is not None:
+                weights, step = state.read(best).tensors["model"], self.place.best_step
+            final = parts.fresh_copy(self.model, weights).to(self.runtime.device)
+            splits = {"val": self.data.val, "test": self.data.test if reason != "interrupted" else None}
+            for split, source in splits.items():
+                if source is not None:
+                    scores[split] = self._score(final, source)
+                    self._tell(Scores(step=step, epoch=step / self.pace.steps_per_epoch, scores=scores[split],
+                                      best=True, split=split, weights="saved"))  # fmt: skip
+            self._write_model(final.cpu(), scores, step)
+            title = f"{self.folder.name}: {self.model.name}"
+            draw_curves(read_log(self.folder / "metrics.jsonl"), self.folder / "curves.png", title)
+        self.runtime.barrier()
+        return TrainResult(
+            folder=self.folder,
+            model=self.folder / "model",
+            scores=scores,
+            step=step,
+            seconds=self.place.seconds,
+            reason=reason,
+        )
+
+    def _write_model(self, final: Classifier, scores: Mapping[str, Mapping[str, float]], step: int) -> None:
+        shown = ("acc1", "acc5", "loss")
+        final.card = dataclasses.replace(
+            final.card,
+            scores={f"{split}_{name}": found[name] for split, found in scores.items() for name in shown},
+            recipe={
+                name: value for name, value in records.to_dict(self.run).items() if value not in (None, [])
+            },
+            notes=f"Weights of step {step} of {self.pace.steps}, chosen by validation."
+            if self.data.val
+            else "",
+        )
+        final.save_pretrained(self.folder / "model")
+
+    # What is said
+
+    def say(self, note: Note) -> None:
+        """Tells the reader something."""
+        self._tell(note)
+
+    def report(self, record: Record) -> None:
+        """Keeps a record and shows it."""
+        if self.log is not None:
+            self.log.write(record)
+        self._tell(record)
+
+    def _tell(self, record: Record) -> None:
+        if not self.runtime.main:
+            return
+        if isinstance(record, Note) and self.log is None:
+            self.said.append(record.text)
+        elif isinstance(record, Note | Scores | Stopped):
+            logger.info("%s", record.text if isinstance(record, Note) else record)
+        if self.reporter is not None:
+            self.reporter(record)
+
+    @contextlib.contextmanager
+    def _logging(self) -> Iterator[None]:
+        """Inside, records and log lines go to the run folder."""
+        if not self.runtime.main:
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        records.write_toml(_without_open(self.run), self.folder / "config.toml")
+        lines = logging.FileHandler(self.folder / "train.log", encoding="utf-8")
+        lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        ours = logging.getLogger("vitrail")
+        level = ours.level
+        ours.addHandler(lines)
+        ours.setLevel(min(level, logging.INFO) if level else logging.INFO)
+        for text in self.said:
+            lines.emit(ours.makeRecord(ours.name, logging.INFO, "", 0, text, (), None))
+        self.log = Log(self.folder, self.place.step)
+        try:
+            yield
+        finally:
+            self.log.close()
+            ours.removeHandler(lines)
+            ours.setLevel(level)
+            lines.close()
+
+    def _summary(self) -> str:
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        share = "" if trained == count else f" ({trained:,} trained)"
+        processes = "" if self.runtime.world == 1 else f" x {self.runtime.world} processes"
+        rows, columns = self.preprocessing.input_size
+        return (
+            f"{self.model.name} at {rows}x{columns}, {count:,} parameters{share}; {len(self.data.train):,} images of"
+            f" {len(self.data.classes)} classes; {self.pace.steps:,} steps on {self.runtime.device}"
+            f" in {self.runtime.precision}{processes}; into {self.folder}"
+        )
+
+
+def _default_folder(run: TrainRun) -> str:
+    data = Path(run.data[0]).name.partition(".")[0] or Path(run.data[0]).resolve().name
+    return f"runs/{data}-{run.model or 'vit'}"
+
+
+def _find_checkpoint(run: TrainRun, folder: Path) -> Checkpoint | None:
+    """The checkpoint that the run goes on from, as `resume` wishes."""
+    if run.resume == "auto":
+        return state.newest(folder)
+    if run.resume != "none":
+        return state.read(Path(run.resume))
+    if folder.exists():
+        taken = folder.parent
+        number = next(n for n in range(1, 10_000) if not Path(f"{taken}-before-{n}").exists())
+        taken.rename(f"{taken}-before-{number}")
+    return None
+
+
+def _without_open(run: TrainRun) -> dict[str, Any]:
+    return {name: value for name, value in records.to_dict(run).items() if value is not None}
