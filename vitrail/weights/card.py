@@ -216,6 +216,8 @@ class Card:
             WeightsError: a value has the wrong type or lies outside its range.
         """
         own = view.get("vitrail") or {}
+        if not isinstance(own, Mapping):
+            raise WeightsError(f"config.json must hold an object under 'vitrail', got {own!r}.")
         if own.get("format", FORMAT) != FORMAT:
             raise WeightsError(
                 f"config.json has vitrail format {own['format']}, this version reads {FORMAT}: update vitrail"

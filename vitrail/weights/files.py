@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
@@ -284,7 +285,7 @@ def _tensor(array: np.ndarray[Any, Any], name: str, path: Path) -> Tensor:
     if array.dtype.kind == "V" and array.dtype.itemsize == 2:  # how numpy keeps JAX's bfloat16
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     try:
-        return torch.from_numpy(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("="), copy=False)))
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C", copy=False))
     except TypeError:
         raise WeightsError(f"{path}: {name} holds {array.dtype}, which is no tensor.") from None
 
@@ -338,15 +339,14 @@ def _read_pickle(path: Path, averaged: bool) -> dict[str, Tensor]:
 
 def _refusal(path: Path, error: Exception) -> str:
     text = str(error)
-    found = text.partition("Unsupported global: GLOBAL ")[2].split(" ", 1)[0]
-    if found:
+    found = re.search(r"GLOBAL (\S+)", text)
+    if found is not None:
         return (
-            f"{path} holds more than tensors: it asks for {found}, which is never executed. If you trust where it"
+            f"{path} holds more than tensors: it asks for {found[1]}, which is never executed. If you trust where it"
             " comes from, save its state dict alone with the program that made it, best as .safetensors."
         )
-    return (
-        f"{path} cannot be read as weights only ({text.splitlines()[0] if text else type(error).__name__})."
-    )
+    reason = next((line for line in text.splitlines() if "Error" in line), text.partition("\n")[0])
+    return f"{path} is no whole torch file ({reason.strip()[:200] or type(error).__name__})."
 
 
 def _unwrapped(content: Any, path: Path, averaged: bool) -> dict[str, Tensor]:

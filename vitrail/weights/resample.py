@@ -30,8 +30,9 @@ def resize(maps: Tensor, size: tuple[int, int], method: str = "bicubic") -> Tens
         near = suggestion(method, METHODS)
         raise WeightsError(f"Resampling method must be one of {', '.join(METHODS)}, got {method!r}.{near}")
     mode, antialias, corners = METHODS[method]
+    wide = maps if maps.dtype == torch.float64 else maps.float()
     return functional.interpolate(
-        maps.float(), size=list(size), mode=mode, antialias=antialias, align_corners=corners
+        wide, size=list(size), mode=mode, antialias=antialias, align_corners=corners
     ).to(maps.dtype)
 
 
@@ -78,9 +79,10 @@ def patch_kernel(kernel: Tensor, size: tuple[int, int], method: str = "bicubic")
     if old == tuple(size):
         return kernel
     cells = old[0] * old[1]
-    basis = torch.eye(cells, dtype=torch.float32).reshape(cells, 1, *old)
-    matrix = resize(basis, size, method).reshape(cells, -1).double()  # B^T: row k is basis image k, resized
-    inverse: Tensor = torch.linalg.pinv(matrix)  # [new cells, old cells]
+    basis = torch.eye(cells, dtype=torch.float64).reshape(cells, 1, *old)
+    matrix = resize(basis, size, method).reshape(cells, -1)  # B^T: row k is basis image k, resized
+    # where one side grows and the other shrinks B has no full rank; what is zero but for rounding stays zero
+    inverse: Tensor = torch.linalg.pinv(matrix, rtol=1e-6)  # [new cells, old cells]
     flat = kernel.detach().cpu().double().reshape(-1, cells)  # [D C, p q]
     resized: Tensor = (flat @ inverse.T).reshape(*kernel.shape[:2], *size)  # [D, C, p', q']
     return resized.to(kernel.dtype)
