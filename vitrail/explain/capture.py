@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.explain.places import keys_of
 from vitrail.nn.entry import Chain
 from vitrail.nn.shapes import Grid
 from vitrail.nn.trunk import Stage
-from vitrail.nn.window import WindowAttention, cut
 
 Heard = Callable[[str, nn.Module, tuple[Any, ...], Any], Any]
 
@@ -100,7 +100,7 @@ class BlockRecord:
         """Attention of queries to keys, rows summing to one, computed now; None where the mixer has none.
 
         There may be fewer queries than tokens (class attention), and fewer keys (spatial reduction);
-        `key_grid` says where the keys lie.
+        `places.keys_of` says where the keys lie.
         """
         explain = getattr(self.mixer, "weights", None)
         if explain is None:
@@ -206,34 +206,12 @@ def _entry_record(
     )
 
 
-def key_grid(record: BlockRecord, keys: int) -> tuple[Grid, int] | None:
-    """Where a block's `keys` lie: their grid, and how many tokens stand before it; None where nothing fits.
-
-    The same tokens as the queries, with or without the prefix; a grid reduced by a whole step (PVT); or, with
-    windows, the grid padded to whole windows (Swin), whose further rows and columns lie outside the picture.
-    """
-    grid = record.grid
-    if isinstance(record.mixer, WindowAttention):
-        padded = cut(grid, record.mixer.window, record.mixer.shifted).padded
-        return (padded, 0) if padded.size == keys else None
-    for step in range(1, max(grid) + 1):
-        reduced = {
-            Grid(-(-grid.rows // step), -(-grid.columns // step)),
-            Grid(max(grid.rows // step, 1), max(grid.columns // step, 1)),
-        }
-        for candidate in sorted(reduced, key=lambda found: -found.size):
-            for before in (record.prefix, 0):
-                if keys == before + candidate.size:
-                    return candidate, before
-    return None
-
-
 @dataclass(kw_only=True)
 class Gaze:
-    """Where a layer looks, over the picture."""
+    """Where a block looks, over its grid."""
 
     maps: Float[Tensor, "H h w"]
-    """Share of each head's attention that each cell of the key grid gets."""
+    """Share of each head's attention that each cell gets; a key made of several cells is shared out over them."""
     elsewhere: Float[Tensor, " H"]
     """Share of each head's attention that goes to prefix tokens, or to the padding of windows."""
     token: bool
@@ -244,20 +222,18 @@ def gaze(record: BlockRecord) -> Gaze | None:
     """The attention of [CLS] (the first prefix token) to the picture in one block, for the first image.
 
     Without prefix tokens it is the mean over all queries: how much each place is looked at. None where the
-    mixer has no weights, or their keys cannot be laid out over the picture.
+    mixer has no weights, or their keys cannot be laid out over the grid.
     """
     with torch.no_grad():
         weights = record.weights()
-    place = None if weights is None else key_grid(record, weights.shape[3])
-    if weights is None or place is None:
+    if weights is None or record.mixer is None:
         return None
-    grid, before = place
-    rows = weights[0].detach().float()  # [H, N, M]
+    keys = keys_of(record.mixer, weights.shape[3], record.grid, record.prefix)
+    if keys is None:
+        return None
+    attention = weights[0].detach().float().cpu()  # [H, N, M]
     token = record.prefix > 0
-    row = rows[:, 0] if token else rows.mean(dim=1)  # [H, M]
-    maps = row[:, before:].unflatten(1, tuple(grid))[
-        :, : record.grid.rows, : record.grid.columns
-    ]  # [H, h, w]
-    return Gaze(
-        maps=maps.cpu(), elsewhere=(row.sum(dim=1) - maps.sum(dim=(1, 2))).clamp(min=0).cpu(), token=token
-    )
+    row = attention[:, 0] if token else attention.mean(dim=1)  # [H, M]
+    cells = row[:, keys.prefix :].unflatten(1, tuple(keys.grid))  # [H, m, n]
+    maps = keys.rows.t() @ cells @ keys.columns  # [H, h, w]
+    return Gaze(maps=maps, elsewhere=(1 - maps.sum(dim=(1, 2))).clamp(min=0), token=token)
