@@ -1,0 +1,182 @@
+"""The story of one image: the right steps with the right shapes, for every family, as poster and page."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+import vitrail
+from vitrail.errors import UnsupportedError
+from vitrail.explain.page import page
+from vitrail.explain.poster import contrasted, poster
+from vitrail.explain.trace import Trace, trace
+from vitrail.models import registry
+from vitrail.tasks.classify import Classify
+
+
+def story(network: Any, seed: int = 0, **options: Any) -> Trace:
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(
+        0, 256, (network.config.in_chans, *network.config.img_size), dtype=torch.uint8, generator=generator
+    )
+    labels = [f"class {index}" for index in range(network.num_classes)]
+    return trace(network, pixels, network.card.preprocessing, Classify(labels), **options)
+
+
+def small(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    settings = {
+        "img_size": 32,
+        "patch_size": 8,
+        "width": 32,
+        "depth": 2,
+        "heads": 2,
+        "hidden": 64,
+        "num_classes": 7,
+    }
+    return vitrail.create_model("vit_tiny_patch16_224", **{**settings, "init": "timm", **changes})
+
+
+def shapes(found: Trace) -> dict[str, tuple[int, ...]]:
+    return {step.name: step.shape for step in found.steps}
+
+
+def test_the_textbook_example_has_the_textbook_shapes() -> None:
+    network = small(img_size=224, patch_size=16, width=512, depth=1, heads=8, hidden=64, num_classes=10)
+    found = story(network, original=(500, 400))
+    assert shapes(found) == {
+        "picture": (500, 400, 3),
+        "image": (224, 224, 3),
+        "normalised": (3, 224, 224),
+        "grid": (14, 14),
+        "flattened patches": (196, 768),
+        "projection": (196, 512),
+        "[CLS]": (197, 512),
+        "positions": (197, 512),
+        "block 1": (197, 512),
+        "[CLS] vector": (512,),
+        "logits": (10,),
+        "probabilities": (10,),
+        "prediction": (),
+    }
+    assert [step.size for step in found.steps][3] == "14 × 14"
+    assert "196 patches of 16 × 16" in found.steps[3].note
+    json.dumps(found.to_dict())
+
+
+def test_the_story_ends_as_the_network_does() -> None:
+    network = small().eval()
+    found = story(network)
+    mean, std = (torch.tensor(values)[:, None, None] for values in
+                 (network.card.preprocessing.mean, network.card.preprocessing.std))  # fmt: skip
+    with torch.no_grad():
+        scores = network((found.pixels[None] / 255 - mean) / std)[0].softmax(dim=0)
+    assert found.prediction.index == int(scores.argmax())
+    assert found.prediction.score == pytest.approx(float(scores.max()), rel=1e-4)
+
+
+def test_positions_without_class_token_come_right_after_the_projection() -> None:
+    names = list(shapes(story(small(class_token=False, pool="mean"))))
+    assert "[CLS]" not in names
+    assert names[names.index("projection") + 1] == "positions"
+    assert "mean vector" in names
+
+
+def test_registers_are_named_and_a_resampled_table_is_said() -> None:
+    found = story(small(registers=2, position_on_prefix=False))
+    assert found.stages[0].prefix == ("[CLS]", "[REG]", "[REG]")
+    network = small()
+    resampled = trace(
+        network, torch.zeros(3, 64, 48, dtype=torch.uint8), network.card.preprocessing, Classify(["a"] * 7)
+    )
+    assert shapes(resampled)["grid"] == (8, 6)
+    note = next(step.note for step in resampled.steps if step.name == "positions")
+    assert "from 4 × 4 to 8 × 6" in note
+
+
+def test_similarity_of_positions_is_one_with_themselves() -> None:
+    stage = story(small()).stages[0]
+    assert stage.similarity is not None and stage.similarity.shape == (16, 4, 4)
+    for map_, (row, column) in zip(stage.similarity, stage.references, strict=True):
+        assert float(map_[row, column]) == pytest.approx(1.0, abs=1e-5)
+    assert story(small(position="none")).stages[0].similarity is None
+
+
+def test_the_flattened_patch_is_the_one_with_most_contrast() -> None:
+    network = small(img_size=(32, 48))
+    pixels = torch.full((3, 32, 48), 128, dtype=torch.uint8)
+    pixels[:, 17, 41] = 255  # row 2, column 5 of the 4 x 6 grid
+    found = trace(network, pixels, network.card.preprocessing, Classify(["a"] * 7))
+    assert contrasted(found) == (2, 5)
+
+
+@pytest.mark.parametrize("family", sorted(registry.FAMILIES))
+def test_every_family_has_a_story_and_a_page(family: str) -> None:
+    module = registry._module(family)
+    torch.manual_seed(0)
+    network = registry.from_config(next(iter(module.VARIANTS)), module.TINY)
+    found = story(network, note="random weights")
+    assert sum("block" in step.name for step in found.steps) == network.depth
+    assert network.training
+    check_page(page(found), found)
+
+
+def check_page(text: str, found: Trace) -> dict[str, Any]:
+    """The page is whole, reaches for nothing outside, and holds the data that it draws."""
+    assert not re.search(
+        r"""(src|href)\s*=|https?://|@import|url\(""", text.replace("image.src = data.image", "")
+    )
+    assert "default-src 'none'" in text
+    assert "<!--" not in text
+    held = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)
+    assert held is not None
+    data: dict[str, Any] = json.loads(held[1])
+    assert len(data["layers"]) == sum(len(stage.layers) for stage in found.stages)
+    with Image.open(io.BytesIO(base64.b64decode(data["image"].partition(",")[2]))) as image:
+        assert image.size == (found.pixels.shape[2], found.pixels.shape[1])
+    for layer in data["layers"]:
+        rows, columns = layer["gaze"]["grid"]
+        assert len(base64.b64decode(layer["gaze"]["data"])) == layer["gaze"]["heads"] * rows * columns
+    return data
+
+
+def test_the_page_holds_hostile_names_as_text() -> None:
+    network = small()
+    labels = ["</script><script>alert(1)</script>", "<!--DATA-->", *"abcde"]
+    found = trace(
+        network,
+        torch.zeros(3, 32, 32, dtype=torch.uint8),
+        network.card.preprocessing,
+        Classify(labels),
+        source="<img onerror=x>.jpg",
+        top_k=7,
+    )
+    text = page(found)
+    assert "<script>alert" not in text and "<img" not in text
+    data = check_page(text, found)
+    assert {guess["label"] for guess in data["top"]} == set(labels)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"img_size": (32, 48), "in_chans": 1, "class_token": False, "pool": "mean"}]
+)
+def test_the_poster_is_a_picture(changes: dict[str, Any]) -> None:
+    with Image.open(io.BytesIO(poster(story(small(**changes), note="random weights")))) as image:
+        assert image.format == "PNG" and image.size[0] == 1540
+
+
+def test_a_network_without_stages_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="Linear is not made of stages"):
+        trace(
+            torch.nn.Linear(2, 2),
+            torch.zeros(3, 8, 8, dtype=torch.uint8),
+            small().card.preprocessing,
+            Classify(["a", "b"]),
+        )
