@@ -52,6 +52,11 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. See {self.prog} --help.")
 
 
+def flag(field: str) -> str:
+    """The flag of a field; one named like a word of Python ends in _, which the flag leaves out."""
+    return "--" + field.rstrip("_").replace("_", "-")
+
+
 def parser(record: type, program: str, positional: Sequence[str] = ()) -> argparse.ArgumentParser:
     """A parser whose result holds only what was given, so that defaults and recipes stay visible below it."""
     places = "".join(f" {_place(field)}" for field in dataclasses.fields(record) if field.name in positional)
@@ -80,7 +85,7 @@ def parser(record: type, program: str, positional: Sequence[str] = ()) -> argpar
             several = "*" if get_origin(hints[field.name]) is tuple else "?"
             group.add_argument(field.name, nargs=several, metavar=field.name.upper(), help=help_text)
         else:
-            names = [*filter(None, [SHORT.get(field.name)]), "--" + field.name.replace("_", "-")]
+            names = [*filter(None, [SHORT.get(field.name)]), flag(field.name)]
             option = _option(hints[field.name], field.name)
             group.add_argument(*names, dest=field.name, help=help_text, **option)
     other = groups.get("options") or made.add_argument_group("options")
@@ -148,16 +153,16 @@ def _metavar(kind: type) -> str:
 
 
 def _reader(kind: type, name: str) -> Callable[[str], Any]:
-    flag = "--" + name.replace("_", "-")
+    given = flag(name)
 
     def number(text: str) -> Any:
         try:
             value = kind(text)
         except ValueError:
             what = "a whole number" if kind is int else "a number"
-            raise ConfigError(f"{flag} takes {what}; got {text!r}.") from None
+            raise ConfigError(f"{given} takes {what}; got {text!r}.") from None
         if not math.isfinite(value):
-            raise ConfigError(f"{flag} takes a finite number; got {text!r}.")
+            raise ConfigError(f"{given} takes a finite number; got {text!r}.")
         return value
 
     return number if kind in (int, float) else str

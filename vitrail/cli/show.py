@@ -118,7 +118,14 @@ class Messages(logging.Handler):
 
     console: Console | None = None
 
+    def __init__(self, but: str = "") -> None:
+        """`but`: a logger that is left out, because what it says is shown in another way."""
+        super().__init__()
+        self.but = but
+
     def emit(self, record: logging.LogRecord) -> None:
+        if record.name == self.but:
+            return
         text = record.getMessage()
         line = text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
         if self.console is None:
@@ -128,9 +135,9 @@ class Messages(logging.Handler):
 
 
 @contextmanager
-def messages() -> Iterator[Messages]:
-    """While inside, vitrail's log goes to stderr."""
-    logger, handler = logging.getLogger("vitrail"), Messages()
+def messages(but: str = "") -> Iterator[Messages]:
+    """While inside, vitrail's log goes to stderr; that of one logger can be left out."""
+    logger, handler = logging.getLogger("vitrail"), Messages(but)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if os.environ.get("VITRAIL_DEBUG") else logging.INFO)

@@ -9,7 +9,93 @@ from vitrail.cli import show
 
 if TYPE_CHECKING:
     from vitrail.jobs.info import Info
-    from vitrail.runs import BenchRun, DoctorRun, InfoRun, ModelsRun, PredictRun, TraceRun
+    from vitrail.runs import (
+        BenchRun,
+        ConvertRun,
+        DataCheckRun,
+        DemoRun,
+        DoctorRun,
+        EvaluateRun,
+        InfoRun,
+        ModelsRun,
+        PredictRun,
+        TraceRun,
+        TrainRun,
+    )
+
+MOST_CLASSES = 40
+"""Classes that a table still lists one by one; the report holds them all."""
+
+
+def train(run: TrainRun) -> int:
+    """A run, watched; 130 when it was interrupted (and saved)."""
+    import os
+
+    from vitrail.cli.training import TrainingView
+    from vitrail.jobs.train import train as job
+
+    # The job logs what it reports, for the run's train.log; here the view shows it.
+    with show.messages(but="vitrail.jobs.train") as handler, TrainingView(handler) as view:
+        result = job(run, view)
+    if os.environ.get("RANK", "0") != "0":
+        return 0
+    if result.scores:
+        rows = [
+            [split, show.percent(found["acc1"]), show.percent(found["acc5"]), f"{found['loss']:.4f}"]
+            for split, found in result.scores.items()
+        ]
+        show.table(["split", "top-1", "top-5", "loss"], rows, right=["top-1", "top-5", "loss"])
+    show.say(f"trained for {show.duration(result.seconds)}; weights of step {result.step}")
+    show.say(f"model:  {result.model}\ncurves: {result.folder / 'curves.png'}")
+    return 130 if result.reason == "interrupted" else 0
+
+
+def evaluate(run: EvaluateRun) -> int:
+    """Scores of a model, by class too."""
+    from vitrail.jobs.evaluate import evaluate as job
+
+    with show.messages() as handler, show.Counter("images", handler) as counter:
+        found = job(run, counter)
+    if run.format == "json":
+        print(show.json_text(found.to_dict()))
+        return 0
+    scores = dict(found.scores)
+    rows = [["images", f"{scores.pop('images'):.0f}"], ["split", found.split]]
+    shares = ("acc", "precision", "recall", "f1", "ece")
+    rows += [
+        [SCORES.get(name, name), show.percent(value) if name.startswith(shares) else f"{value:.4f}"]
+        for name, value in scores.items()
+    ]
+    show.table(["score", "value"], rows, right=["value"])
+    if len(found.classes) <= MOST_CLASSES:
+        print()
+        show.table(
+            ["class", "images", "precision", "recall", "f1"],
+            [
+                [
+                    row["label"],
+                    str(row["support"]),
+                    *(show.percent(row[key]) for key in ("precision", "recall", "f1")),
+                ]
+                for row in found.classes
+            ],
+            right=["images", "precision", "recall", "f1"],
+        )
+    for path in found.files:
+        show.say(f"written: {path}")
+    return 0
+
+
+SCORES = {
+    "acc1": "top-1",
+    "acc5": "top-5",
+    "loss": "cross-entropy",
+    "precision_macro": "precision, mean of classes",
+    "recall_macro": "recall, mean of classes",
+    "f1_macro": "F1, mean of classes",
+    "ece": "calibration error",
+}
+"""Scores in words."""
 
 
 def predict(run: PredictRun) -> int:
@@ -69,6 +155,64 @@ def trace(run: TraceRun) -> int:
     return 0
 
 
+def convert(run: ConvertRun) -> int:
+    """What was read, made and dropped, and what was written."""
+    from vitrail.jobs.convert import convert as job
+
+    with show.messages():
+        found = job(run)
+    print("\n".join(found.lines()))
+    return 0
+
+
+def data_check(run: DataCheckRun) -> int:
+    """What a data set holds, and what is wrong with it; 1 when there is something to mend."""
+    from vitrail.jobs.data_check import data_check as job
+
+    with show.messages() as handler, show.Counter("pictures", handler) as counter:
+        found = job(run, counter)
+    if run.format == "json":
+        print(show.json_text(found.to_dict()))
+        return 1 if found.problems else 0
+    splits = list(found.pictures)
+    rows = [[name, *(str(held.get(split, 0)) for split in splits)] for name, held in found.classes.items()]
+    total = ["all", *(str(found.pictures[split]) for split in splits)]
+    show.table(["class", *splits], [*rows[:MOST_CLASSES], total], right=splits)
+    if len(rows) > MOST_CLASSES:
+        show.say(f"and {len(rows) - MOST_CLASSES} more classes; the report lists them all")
+    for side, name in enumerate(("height", "width") if found.sizes else ()):
+        low, middle, high = (sizes[side] for sizes in found.sizes.values())
+        show.say(f"{name}: {low} to {high} pixels, middle {middle}")
+    for note in found.notes:
+        show.say(note)
+    for sentence in found.problems:
+        print(sentence)
+    for broken in found.unreadable[:MOST_CLASSES]:
+        print(f"  {broken['reason']}")
+    if not found.problems:
+        print("Nothing is wrong with this data set.")
+    for path in found.files:
+        show.say(f"written: {path}")
+    return 1 if found.problems else 0
+
+
+def demo(run: DemoRun) -> int:
+    """The verbs one after the other, each with the line that a person would type."""
+    from vitrail.jobs.demo import demo as job
+
+    todo = {"TrainRun": train, "EvaluateRun": evaluate, "PredictRun": predict, "TraceRun": trace}
+    for step in job(run):
+        show.say(f"\n$ {step.line}")
+        do: Any = todo[type(step.record).__name__]
+        code = int(do(step.record))
+        if code:
+            return code
+    show.say(
+        f"\nEverything is in {run.output}: look at trace/trace.png, trace/trace.html, evaluation/ and run/."
+    )
+    return 0
+
+
 def models(run: ModelsRun) -> int:
     """The list of networks."""
     from vitrail.jobs.models import RULE
@@ -107,7 +251,7 @@ def _card_rows(found: Info) -> list[list[str]]:
     """What a card says, line by line; what nobody knows is left out."""
     rows: list[tuple[str, str]] = [("what", found.what), ("family", found.family)]
     if found.cost is not None:
-        rows += [("parameters", f"{found.cost.parameters:,}"), ("GFLOPs", f"{found.cost.gflops:.2f}")]
+        rows += [("parameters", f"{found.cost.parameters:,}"), ("GFLOPs", f"{found.cost.gflops:.3g}")]
     rows += [("classes", str(found.config.get("num_classes", "")))]
     if found.card is not None:
         card, wanted = found.card, found.card.preprocessing
@@ -185,7 +329,7 @@ def bench(run: BenchRun) -> int:
     show.say(
         f"{found.model}, {_size(found.img_size)}, batch {found.batch_size}, {found.precision}, {found.device},"
         f" {found.threads} threads, {found.repeats} rounds in turns; {found.cost.parameters:,} parameters,"
-        f" {found.cost.gflops:.2f} GFLOPs. {RULE}."
+        f" {found.cost.gflops:.3g} GFLOPs. {RULE}."
     )
     return 0
 

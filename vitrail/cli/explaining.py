@@ -1,0 +1,93 @@
+"""What `vitrail explain` and `vitrail inspect` show."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vitrail.cli import show
+
+if TYPE_CHECKING:
+    from vitrail.jobs.explain import Explained, Scored
+    from vitrail.runs import ExplainRun, InspectRun
+
+
+def explain(run: ExplainRun) -> int:
+    """Maps for pictures as they come, or the table of methods over a data set."""
+    from vitrail.jobs import explain as job
+
+    done: list[Explained] = []
+    with show.messages() as handler:
+        if job.is_trial(run):
+            with show.Counter("pictures", handler) as counter:
+                scored = job.score(run, counter)
+            _trial(run, scored)
+            return 0
+        for explained in job.explain(run):
+            done.append(explained)
+            if run.format == "table":
+                _explained(run, explained)
+    if run.format == "json":
+        print(show.json_text([explained.to_dict() for explained in done]))
+    return 0
+
+
+def _explained(run: ExplainRun, explained: Explained) -> None:
+    first = explained.explanations[0]
+    columns = [first.source, "class", "probability"]
+    if run.score:
+        columns += ["fill", "deletion", "insertion", "gap", "random gap", "centre gap"]
+    rows = []
+    for found in explained.explanations:
+        cells = [found.method, found.label if found.class_specific else f"({found.label})", show.percent(found.score)]
+        for fill, score in found.faithfulness.items():
+            controls = (found.controls[fill][name].gap for name in ("random", "centre"))
+            numbers = (score.deletion, score.insertion, score.gap, *controls)
+            rows.append([*cells, fill, *(f"{number:.3f}" for number in numbers)])
+            cells = ["", "", ""]
+        if not found.faithfulness:
+            rows.append(cells)
+    show.table(columns, rows, right=columns[2:3] + columns[4:])
+    for caution in dict.fromkeys(found.caution for found in explained.explanations if found.caution):
+        show.say(f"note: {caution}")
+    show.say("written: " + ", ".join(str(path) for path in explained.files))
+
+
+def _trial(run: ExplainRun, scored: Scored) -> None:
+    found = scored.trial
+    if run.format == "json":
+        print(show.json_text(found.to_dict()))
+        return
+    columns = ["fill", "method", "deletion", "insertion", "gap", "95 % interval", "over random", "p", "over centre", ""]
+    rows = [
+        [
+            fill,
+            row.method,
+            f"{row.deletion.mean:.3f}",
+            f"{row.insertion.mean:.3f}",
+            f"{row.gap.mean:+.3f}",
+            f"{row.gap.low:+.3f} to {row.gap.high:+.3f}",
+            f"{row.over_random:+.3f}",
+            f"{row.p_random:.4f}",
+            f"{row.over_centre:+.3f}",
+            row.warning,
+        ]
+        for fill, standing in found.tables.items()
+        for row in standing
+    ]
+    show.table(columns, rows, right=[*columns[2:5], *columns[6:9]])
+    order = "the same" if found.agreed else "not the same: trust neither order alone"
+    show.say(f"{found.images} pictures; the order of the methods under both fills is {order}\nwritten: {scored.path}")
+
+
+def inspect(run: InspectRun) -> int:
+    """What was found in a model, and where its figures are."""
+    from vitrail.jobs.inspect import inspect as job
+
+    with show.messages():
+        found = job(run)
+    if run.format == "json":
+        print(show.json_text(found.to_dict()))
+        return 0
+    show.table(["", found.model], [[name, value] for name, value in found.findings])
+    show.say("written: " + ", ".join(str(path) for path in found.files))
+    return 0
