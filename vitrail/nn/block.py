@@ -109,7 +109,7 @@ class Block(nn.Module):
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:
+    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N V"]:
         if self.order == "pre":
             branch = self.drop_path(self.scale1(self.mixer(self.norm1(tokens), grid)))
             tokens = tokens + branch if self.skips else branch
