@@ -98,6 +98,7 @@ def transformers_config(name: str, config: Config) -> dict[str, Any]:
         "patch_size": _one_or_two(config.patch_size),
         "num_channels": config.in_chans,
         "qkv_bias": config.qkv_bias,
+        "num_labels": config.num_classes,
     }
 
 

@@ -225,7 +225,7 @@ class Card:
             )
         try:
             config = dict(own.get("config") or {})
-            if not config and "num_classes" in view:
+            if not own and "num_classes" in view:
                 config["num_classes"] = int(view["num_classes"])
             return cls(
                 architecture=str(own.get("architecture") or view.get("architecture") or ""),
