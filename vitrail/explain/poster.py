@@ -134,6 +134,7 @@ def _patches(band: SubFigure, trace: Trace) -> None:
     side = min(3.6, height - 1.0)
     axes = _place(band, 0.03, height - 0.8 - side, side / 14, side)
     axes.imshow(picture, interpolation="nearest")
+    axes.set_anchor("NW")
     for row in range(0, size[0] + 1, rows):
         axes.axhline(row - 0.5, color="white", linewidth=0.6, alpha=0.75)
     for column in range(0, size[1] + 1, columns):
@@ -273,7 +274,7 @@ def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
     )
     _heading(
         band, _inches(band), 5, f"Where {whose} looks, block after block",
-        f"attention of {whose} to the patches, mean of the heads; yellow is most, each block on its own scale",
+        f"attention of {whose} to the patches, mean of the heads; from none (blue) to the block's most (yellow)",
     )  # fmt: skip
     grey = visible(trace.pixels).mean(axis=2) / 255
     for number, layer in enumerate(layers):
@@ -283,7 +284,7 @@ def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
         if layer.gaze is not None:
             map_ = layer.gaze.maps.mean(dim=0).numpy()
             extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
-            axes.imshow(map_, cmap=LOOKS, alpha=0.72, interpolation="nearest", extent=extent)
+            axes.imshow(map_, cmap=LOOKS, vmin=0, alpha=0.72, interpolation="nearest", extent=extent)
             itself = float(layer.gaze.elsewhere.mean())
             label = f"peak {map_.max() / max(map_.mean(), 1e-12):.1f} × mean"
             label += f", {itself:.0%} elsewhere" if itself > 0.005 else ""
