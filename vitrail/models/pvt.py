@@ -99,8 +99,6 @@ def _check(config: Config) -> None:
             raise ModelError(
                 f"A stage's width must be a multiple of its heads; got width {width}, {heads} heads."
             )
-    if config.version not in (1, 2):
-        raise ModelError(f"version must be 1 or 2; got {config.version}.")
     if config.version == 1 and config.linear:
         raise ModelError("linear=True belongs to version=2; PVT v1 has no such attention.")
     if config.version == 1 and config.reductions[-1] != 1:

@@ -108,8 +108,6 @@ def _check(config: Config) -> None:
             raise ModelError(
                 f"A stage's width must be a multiple of its heads; got width {config.width * 2**number}, {heads} heads."
             )
-    if config.version not in (1, 2):
-        raise ModelError(f"version must be 1 or 2; got {config.version}.")
     if config.version == 1 and any(config.trained_windows):
         raise ModelError(
             "trained_windows belongs to version=2; a v1 table is resampled when its file is loaded."
