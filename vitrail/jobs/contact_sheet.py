@@ -73,7 +73,7 @@ def _draw_tile(
         scale = TILE / max(picture.size)
         size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-        picture = picture.resize(size, kind)
+        picture = picture.resize(size, kind, reducing_gap=3.0)
         sheet.paste(picture, (x + (TILE - size[0]) // 2, y + (TILE - size[1]) // 2))
     draw.text((x, y + TILE + 1), _fitted(draw, tile.caption, font, TILE), FAINT, font)
 
