@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -23,6 +24,14 @@ def _beside(name: str) -> Path:
     told = os.environ.get("VITRAIL_DATA")
     shared = Path(told).parent if told else Path(__file__).parents[2] / "shared"
     return shared / name
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Shape checks off: tracers (compile, export) cannot see through them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

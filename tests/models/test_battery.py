@@ -117,7 +117,7 @@ def test_saved_and_loaded_it_gives_the_same_bits(family: str, tmp_path: Path) ->
 
 
 @classifiers
-def test_traces_whole_without_a_graph_break(family: str) -> None:
+def test_traces_whole_without_a_graph_break(family: str, unchecked: None) -> None:
     model, images = tiny(family), picture(family)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.inference_mode():
