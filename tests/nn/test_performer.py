@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -44,7 +45,9 @@ def test_gives_the_reference_packages_numbers(case: str, golden: Golden, fill: M
     numbers = golden("performer_kernel")
     expected = next(each for each in numbers["cases"] if each["case"] == case)["float64"]
     shapes = {entry["name"]: entry["shape"] for entry in numbers["inputs"]}
-    inputs = {name: torch.from_numpy(fill.picture(*shape, name=name)).double() for name, shape in shapes.items()}
+    inputs = {
+        name: torch.from_numpy(fill.picture(*shape, name=name)).double() for name, shape in shapes.items()
+    }
     kernel, factor = CASES[case]
     projection = None if kernel.form == "none" else inputs["projection"]
     queries = kernel.features(inputs["q"] * factor, projection, keys=False)
@@ -64,7 +67,9 @@ def test_rows_are_the_reference_packages_up_to_their_sign(golden: Golden, fill: 
             for draw in case["draws_in_order"]
         ]
         blocks = draws[: -(-rows // width)]
-        expected = torch.tensor(case["float64"]["matrix"]["all_values"], dtype=torch.float64).view(rows, width)
+        expected = torch.tensor(case["float64"]["matrix"]["all_values"], dtype=torch.float64).view(
+            rows, width
+        )
         directions = orthogonal_rows(torch.stack(blocks)).flatten(0, 1)[:rows]
         lengths = draws[-1].norm(dim=1, keepdim=True) if case["scaling"] == 0 else width**0.5
         ours = directions * lengths
@@ -111,7 +116,9 @@ def test_orthogonal_rows_scatter_less_than_independent_ones() -> None:
 def _estimates(rows: Tensor) -> tuple[Tensor, Tensor]:
     """exp(q·k) of four queries and four keys, 1/2 long after the scaling, and its estimates by 16 rows each."""
     torch.manual_seed(0)
-    queries, keys = (torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for _ in range(2))  # |x| 16^(-1/4) = 1/2
+    queries, keys = (
+        torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for _ in range(2)
+    )  # |x| 16^(-1/4) = 1/2
     kernel = Kernel(epsilon=0.0, stabilised=False)
     phi_q = kernel.features(queries, rows, keys=False).unflatten(1, (-1, 16))  # [4, T, 16]
     phi_k = kernel.features(keys, rows, keys=True).unflatten(1, (-1, 16))
@@ -128,10 +135,13 @@ def test_the_error_against_softmax_attention_falls_with_the_features() -> None:
         trials = []
         for _ in range(12):
             projection = draw_projection(count, 64)
-            phi = [Kernel().features(each, projection, keys=is_keys) for each, is_keys in ((queries, False), (keys, True))]
+            phi = [
+                Kernel().features(each, projection, keys=is_keys)
+                for each, is_keys in ((queries, False), (keys, True))
+            ]
             trials.append(_apart(linear_attention(*phi, values), exact))
         errors.append(sum(trials) / len(trials))
-    assert all(later < 0.75 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later < 0.75 * earlier for earlier, later in itertools.pairwise(errors))
     # four times the features, half the error
     assert errors[-1] == pytest.approx(errors[-2] / 2, rel=0.25)
 
@@ -155,7 +165,10 @@ def test_a_constant_value_comes_back_and_stabilisers_cancel() -> None:
     plain, steady = Kernel(epsilon=0.0, stabilised=False), Kernel(epsilon=0.0)
     results = []
     for kernel in (plain, steady):
-        phi = [kernel.features(each, projection, keys=is_keys) for each, is_keys in ((queries, False), (keys, True))]
+        phi = [
+            kernel.features(each, projection, keys=is_keys)
+            for each, is_keys in ((queries, False), (keys, True))
+        ]
         assert torch.allclose(linear_attention(*phi, constant), constant)
         results.append(linear_attention(*phi, values))
     assert torch.allclose(*results, atol=1e-12)

@@ -35,7 +35,7 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
     Raises WeightsError that names what does not fit; the model is then as it was.
     """
     module = registry.family_of(model.name)
-    tensors, card, sha256 = read(path)
+    tensors, card, sha256 = read(path, averaged=getattr(module, "AVERAGED", False))
     if card is not None and card.architecture and card.config:
         _check_family(model, module, card, path)
     state, receipt = adapter.read(
@@ -127,13 +127,16 @@ def _home(module: ModuleType, model: Model) -> adapter.Layout:
     return module.RENAMES[0]  # type: ignore[no-any-return]
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], Card | None, str]:
-    """Tensors of a folder or a weight file, the folder's card if it has one, and the file's hash."""
+def read(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], Card | None, str]:
+    """Tensors of a folder or a weight file, the folder's card if it has one, and the file's hash.
+
+    averaged: take a training checkpoint's averaged weights, for families whose published scores are theirs.
+    """
     place = Path(path)
     if place.is_dir():
         tensors, card = folder.load(place)
         return tensors, card, card.sha256
-    return files.read_tensors(place), None, files.sha256(place)
+    return files.read_tensors(place, averaged=averaged), None, files.sha256(place)
 
 
 def context(module: ModuleType, config: Any, card: Card | None = None) -> dict[str, Any]:

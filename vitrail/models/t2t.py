@@ -37,6 +37,9 @@ from vitrail.nn.shapes import Level
 from vitrail.nn.trunk import Stage, Trunk
 from vitrail.weights.card import Card, Preprocessing
 
+AVERAGED = True
+"""The published files hold the last weights and their average; the scores are those of the average."""
+
 EPS = 1e-5
 """Added to the variance in every layer norm."""
 

@@ -31,12 +31,32 @@ def context(config: Config) -> dict[str, Any]:
     }
 
 
-TOKENS = "backbone.stages.{s}.blocks.0"
-"""The narrow attention behind the first and the second soft split."""
 LAST = "backbone.stages.2"
 BLOCK = f"{LAST}.blocks.{{i}}"
 
-_TOKENS = "tokens_to_token.attention{s+1}"
+
+def _narrow(stage: int) -> tuple[Rule, ...]:
+    """The narrow attention behind the first (0) or the second (1) soft split, in the authors' files."""
+    theirs, ours = f"tokens_to_token.attention{stage + 1}", f"backbone.stages.{stage}.blocks.0"
+    performer = (
+        Rule(f"{theirs}.w", f"{ours}.mixer.projection"),
+        Rule(f"{theirs}.kqv.{PAIR}", f"{ours}.mixer.qkv.{PAIR}", "kqv", when="performer"),
+        Rule(f"{theirs}.proj.{PAIR}", f"{ours}.mixer.proj.{PAIR}", when="performer"),
+        Rule(f"{theirs}.mlp.0.{PAIR}", f"{ours}.mlp.fc1.{PAIR}", when="performer"),
+        Rule(f"{theirs}.mlp.2.{PAIR}", f"{ours}.mlp.fc2.{PAIR}", when="performer"),
+    )
+    transformer = (
+        Rule(f"{theirs}.attn.qkv.weight", f"{ours}.mixer.qkv.weight", when="!performer"),
+        Rule(f"{theirs}.attn.proj.{PAIR}", f"{ours}.mixer.proj.{PAIR}", when="!performer"),
+        Rule(f"{theirs}.mlp.fc1.{PAIR}", f"{ours}.mlp.fc1.{PAIR}", when="!performer"),
+        Rule(f"{theirs}.mlp.fc2.{PAIR}", f"{ours}.mlp.fc2.{PAIR}", when="!performer"),
+    )
+    norms = (
+        Rule(f"{theirs}.norm1.{PAIR}", f"{ours}.norm1.{PAIR}"),
+        Rule(f"{theirs}.norm2.{PAIR}", f"{ours}.norm2.{PAIR}"),
+    )
+    return performer + transformer + norms
+
 
 ORIGINAL = Layout(
     name="original",
@@ -45,17 +65,8 @@ ORIGINAL = Layout(
         Rule("cls_token", f"{LAST}.entry.prefix.cls"),
         Rule("pos_embed", f"{LAST}.entry.positions.table", fit="positions"),
         Rule(f"tokens_to_token.project.{PAIR}", f"{LAST}.entry.patches.proj.{PAIR}"),
-        Rule(f"{_TOKENS}.w", f"{TOKENS}.mixer.projection"),
-        Rule(f"{_TOKENS}.kqv.{PAIR}", f"{TOKENS}.mixer.qkv.{PAIR}", "kqv", when="performer"),
-        Rule(f"{_TOKENS}.attn.qkv.weight", f"{TOKENS}.mixer.qkv.weight", when="!performer"),
-        Rule(f"{_TOKENS}.proj.{PAIR}", f"{TOKENS}.mixer.proj.{PAIR}", when="performer"),
-        Rule(f"{_TOKENS}.attn.proj.{PAIR}", f"{TOKENS}.mixer.proj.{PAIR}", when="!performer"),
-        Rule(f"{_TOKENS}.norm1.{PAIR}", f"{TOKENS}.norm1.{PAIR}"),
-        Rule(f"{_TOKENS}.norm2.{PAIR}", f"{TOKENS}.norm2.{PAIR}"),
-        Rule(f"{_TOKENS}.mlp.0.{PAIR}", f"{TOKENS}.mlp.fc1.{PAIR}", when="performer"),
-        Rule(f"{_TOKENS}.mlp.2.{PAIR}", f"{TOKENS}.mlp.fc2.{PAIR}", when="performer"),
-        Rule(f"{_TOKENS}.mlp.fc1.{PAIR}", f"{TOKENS}.mlp.fc1.{PAIR}", when="!performer"),
-        Rule(f"{_TOKENS}.mlp.fc2.{PAIR}", f"{TOKENS}.mlp.fc2.{PAIR}", when="!performer"),
+        *_narrow(0),
+        *_narrow(1),
         *(
             Rule(f"blocks.{{i}}.{theirs}.{PAIR}", f"{BLOCK}.{ours}.{PAIR}")
             for theirs, ours in (
@@ -96,7 +107,11 @@ MMPRETRAIN = Layout(
         Rule(f"backbone.tokens_to_token.project.{PAIR}", f"{LAST}.entry.patches.proj.{PAIR}"),
         *(
             Rule(f"backbone.{block}.{theirs}.{PAIR}", f"{ours}.{part}.{PAIR}")
-            for block, ours in (("tokens_to_token.attention{s+1}", TOKENS), ("encoder.{i}", BLOCK))
+            for block, ours in (
+                ("tokens_to_token.attention1", "backbone.stages.0.blocks.0"),
+                ("tokens_to_token.attention2", "backbone.stages.1.blocks.0"),
+                ("encoder.{i}", BLOCK),
+            )
             for theirs, part in (
                 ("ln1", "norm1"),
                 ("attn.qkv", "mixer.qkv"),
