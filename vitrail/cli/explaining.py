@@ -38,7 +38,11 @@ def _explained(run: ExplainRun, explained: Explained) -> None:
         columns += ["fill", "deletion", "insertion", "gap", "random gap", "centre gap"]
     rows = []
     for found in explained.explanations:
-        cells = [found.method, found.label if found.class_specific else f"({found.label})", show.percent(found.score)]
+        cells = [
+            found.method,
+            found.label if found.class_specific else f"({found.label})",
+            show.percent(found.score),
+        ]
         for fill, score in found.faithfulness.items():
             controls = (found.controls[fill][name].gap for name in ("random", "centre"))
             numbers = (score.deletion, score.insertion, score.gap, *controls)
@@ -57,7 +61,18 @@ def _trial(run: ExplainRun, scored: Scored) -> None:
     if run.format == "json":
         print(show.json_text(found.to_dict()))
         return
-    columns = ["fill", "method", "deletion", "insertion", "gap", "95 % interval", "over random", "p", "over centre", ""]
+    columns = [
+        "fill",
+        "method",
+        "deletion",
+        "insertion",
+        "gap",
+        "95 % interval",
+        "over random",
+        "p",
+        "over centre",
+        "",
+    ]
     rows = [
         [
             fill,
@@ -76,7 +91,9 @@ def _trial(run: ExplainRun, scored: Scored) -> None:
     ]
     show.table(columns, rows, right=[*columns[2:5], *columns[6:9]])
     order = "the same" if found.agreed else "not the same: trust neither order alone"
-    show.say(f"{found.images} pictures; the order of the methods under both fills is {order}\nwritten: {scored.path}")
+    show.say(
+        f"{found.images} pictures; the order of the methods under both fills is {order}\nwritten: {scored.path}"
+    )
 
 
 def inspect(run: InspectRun) -> int:

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, UnsupportedError
-from vitrail.explain.capture import listen, stages_of
+from vitrail.explain.capture import evaluation, listen, stages_of
 from vitrail.explain.places import PIXELS, Axis, Keys, Placement, axes, keys_of
 from vitrail.nn.shapes import Grid
 
@@ -196,3 +196,46 @@ def _look(
         placement=found.placement,
         weights=weights,
     )
+
+
+def last_map(network: nn.Module, images: Tensor) -> str:
+    """The name of the last part that gives a map with several cells: what a convolutional network's head reads."""
+    names: list[str] = []
+
+    def heard(name: str, _module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] * output.shape[3] > 1:
+            names.append(name)
+
+    parts = {name: module for name, module in network.named_modules() if name}
+    with evaluation(network), torch.no_grad(), listen(parts, heard):
+        network(images[:1])
+    if not names:
+        raise UnsupportedError("No part of this network gives a map over the image: Grad-CAM has nothing to weigh.")
+    return names[-1]
+
+
+@contextmanager
+def slid(network: nn.Module) -> Iterator[dict[Grid, Placement]]:
+    """Where the cells of maps of each size lie, for networks without stages, filled in by the pass inside.
+
+    Convolutions and poolings that change the size say so in their order; parts side by side (a shortcut) agree on
+    where the middle of a cell is, so the first of them is heard.
+    """
+    found: dict[Grid, Placement] = {}
+    if stages_of(network):
+        yield found
+        return
+    parts = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+    }
+
+    def heard(_name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        before, after = Grid(*arguments[0].shape[2:]), Grid(*output.shape[2:])
+        at = found.get(before, PIXELS)
+        if after not in found:
+            found[after] = at.after(*axes(module, before, after))
+
+    with listen(parts, heard):
+        yield found

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
-from vitrail.explain.attention import blocks_of, chosen, explicit
-from vitrail.explain.capture import listen, stages_of
+from vitrail.explain.attention import blocks_of, chosen, explicit, last_map, slid
+from vitrail.explain.capture import stages_of
 from vitrail.explain.heat import Heat
 from vitrail.explain.places import PIXELS, Placement
 from vitrail.explain.rollout import reads_prefix
@@ -44,31 +44,42 @@ class Tap:
     """Whether what goes into the module is meant, instead of what comes out."""
     values: Tensor | None = None
     """What came by, as a leaf that gradients are taken by: a map, or tokens."""
-    grid: Grid = Grid(1, 1)
+    grid: Grid | None = None
     placement: Placement = PIXELS
 
     def map(self, values: Tensor) -> Float[Tensor, "B C h w"]:
         """Values of the tap's shape as a map, without the prefix."""
-        return values if values.ndim == 4 else split(values, self.grid)[0]
+        if values.ndim == 4 or self.grid is None:
+            return values
+        return split(values, self.grid)[0]
 
     def heard(self, _module: nn.Module, arguments: tuple[Any, ...], output: Any = None) -> Any:
         """The hook: before or after the module."""
         given = arguments if self.before else output
         values = given if isinstance(given, Tensor) else given[0]
         self.values = values.detach().requires_grad_()
-        self.grid = given[1] if isinstance(given, tuple) else arguments[1] if values.ndim == 3 else Grid(*values.shape[2:])
+        self.grid = (
+            given[1]
+            if isinstance(given, tuple)
+            else arguments[1]
+            if values.ndim == 3
+            else Grid(*values.shape[2:])
+        )
         return self.values if isinstance(given, Tensor) else (self.values, *given[1:])
 
 
 def gradcam(
-    network: nn.Module, images: Float[Tensor, "B C I J"], targets: Sequence[int] | Tensor, layer: int | None = None
+    network: nn.Module,
+    images: Float[Tensor, "B C I J"],
+    targets: Sequence[int] | Tensor,
+    layer: int | None = None,
 ) -> Heat:
     """Grad-CAM at the last place where the image's cells still act on the class, or after the block `layer`.
 
-    Where the head reads prefix tokens, nothing depends on the cells after the last block; they are taken as they
-    enter it. Where it averages the cells, they are taken as it reads them.
+    Where the head reads prefix tokens, nothing depends on the cells after the last block; they are taken as its
+    mixer reads them, after the norm. Where the head averages the cells, they are taken as it reads them.
     """
-    tap = _tap(network, layer)
+    tap = _tap(network, images, layer)
     with held_still(network), torch.enable_grad(), tapped(network, tap):
         score = scores(network, images, targets).sum()
         (gradient,) = torch.autograd.grad(score, [tap.values])
@@ -81,16 +92,20 @@ def gradcam(
     )
 
 
-def _tap(network: nn.Module, layer: int | None) -> Tap:
+def _tap(network: nn.Module, images: Tensor, layer: int | None) -> Tap:
     """Where Grad-CAM looks."""
     stages, blocks = stages_of(network), blocks_of(network)
+    if not stages:
+        name = last_map(network, images)
+        return Tap(module=network.get_submodule(name), name=name)
     names = list(blocks)
     on_prefix = reads_prefix(network)
+    if layer is None and not on_prefix:
+        name = list(stages)[-1]
+        return Tap(module=stages[name], name=name)
     if layer is None:
-        name = names[-1] if on_prefix else list(stages)[-1]
-        if on_prefix and MODE == "norm1":
-            return Tap(module=blocks[name].mixer, name=name, before=True)
-        return Tap(module=network.get_submodule(name), name=name, before=on_prefix)
+        mixer = getattr(blocks[names[-1]], "mixer", blocks[names[-1]])
+        return Tap(module=mixer, name=names[-1], before=True)
     name = chosen(names, layer, "layer")
     if on_prefix and name == names[-1]:
         raise ConfigError(
@@ -98,16 +113,18 @@ def _tap(network: nn.Module, layer: int | None) -> Tap:
         )
     return Tap(module=blocks[name], name=name)
 
-MODE = "block"
 
 @contextmanager
 def tapped(network: nn.Module, tap: Tap) -> Iterator[Tap]:
     """While inside, the tap keeps what comes by; everything before it is computed without a graph."""
-    with explicit(network, only=()) as found:
+    with explicit(network, only=()) as found, slid(network) as maps:
 
         def heard(*given: Any) -> Any:
+            out = tap.heard(*given)
             tap.placement = found.placement
-            return tap.heard(*given)
+            if not found.moves and tap.values is not None:
+                tap.placement = maps.get(Grid(*tap.values.shape[2:]), PIXELS)
+            return out
 
         register = tap.module.register_forward_pre_hook if tap.before else tap.module.register_forward_hook
         handle = register(heard)
@@ -137,7 +154,9 @@ def integrated_gradients(
     with held_still(network):
         points = [(image, share) for image in range(images.shape[0]) for share in range(steps)]
         for first in range(0, len(points), chunk):
-            numbers = torch.tensor([image for image, _ in points[first : first + chunk]], device=images.device)
+            numbers = torch.tensor(
+                [image for image, _ in points[first : first + chunk]], device=images.device
+            )
             places = shares[[share for _, share in points[first : first + chunk]]][:, None, None, None]
             between = base + (images[numbers] - base) * places
             gradient = input_gradient(network, between, wanted[numbers])

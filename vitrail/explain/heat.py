@@ -27,7 +27,9 @@ class Heat:
     elsewhere: Float[Tensor, " B"] | None = None
     """Share that lies on prefix tokens or padding, and so nowhere on the image; None where that means nothing."""
 
-    def at(self, ys: Float[Tensor, " y"], xs: Float[Tensor, " x"], smooth: bool = True) -> Float[Tensor, "B y x"]:
+    def at(
+        self, ys: Float[Tensor, " y"], xs: Float[Tensor, " x"], smooth: bool = True
+    ) -> Float[Tensor, "B y x"]:
         """The map at places of the network's input: between the cells' middles, or as the cells' boxes.
 
         Beyond the outermost middles it goes on as it is there.

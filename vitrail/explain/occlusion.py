@@ -1,4 +1,4 @@
-"""What covering says: how much a class loses when a region is hidden (Zeiler and Fergus 2014, 1311.2901, section 4.2)."""
+"""What covering says: how much a class loses when a region is hidden (Zeiler and Fergus 2014, 1311.2901)."""
 
 from __future__ import annotations
 
@@ -57,11 +57,17 @@ def region_labels(size: tuple[int, int], grid: tuple[int, int]) -> Tensor:
     return rows[:, None] * grid[1] + columns
 
 
-def region_grid(size: tuple[int, int], placement: Placement, most: int = 16) -> tuple[int, int]:
-    """A grid of at most so many regions a side, each a whole number of the first grid's cells where that fits."""
+def finest_stride(network: nn.Module) -> int:
+    """Pixels to a cell of the finest map that a network states."""
+    levels = getattr(network, "levels", ())
+    return int(levels[0].stride) if levels else 1
+
+
+def region_grid(size: tuple[int, int], stride: int, most: int = 16) -> tuple[int, int]:
+    """A grid of at most so many regions a side, each a whole number of cells of the finest map where that fits."""
     sides = []
-    for pixels, scale in zip(size, placement[:2], strict=True):
-        side = max(1.0, scale)
+    for pixels in size:
+        side = stride
         while pixels / side > most:
             side *= 2
         sides.append(max(1, round(pixels / side)))

@@ -51,7 +51,9 @@ def sliding(size: int, kernel: int, stride: int, padding: int = 0) -> Reach:
 def covering(size: int, kernel: int, stride: int) -> Reach:
     """A window whose map is padded to a whole number of strides (what TensorFlow calls SAME)."""
     after = -(-size // stride)
-    return Reach(kernel, stride, max((after - 1) * stride + kernel - size, 0) // 2 if kernel > stride else 0, after)
+    return Reach(
+        kernel, stride, max((after - 1) * stride + kernel - size, 0) // 2 if kernel > stride else 0, after
+    )
 
 
 class Axis(NamedTuple):
@@ -193,7 +195,9 @@ def keys_of(mixer: nn.Module, count: int, grid: Grid, prefix: int) -> Keys | Non
             return Keys(before, torch.eye(grid.rows), torch.eye(grid.columns))
     window = getattr(mixer, "window", None)
     if window is not None:
-        padded = [-(-size // min(size, side)) * min(size, side) for size, side in zip(grid, window, strict=True)]
+        padded = [
+            -(-size // min(size, side)) * min(size, side) for size, side in zip(grid, window, strict=True)
+        ]
         if padded[0] * padded[1] == count:
             return Keys(0, torch.eye(padded[0], grid.rows), torch.eye(padded[1], grid.columns))
     reduction = getattr(mixer, "reduction", None)

@@ -26,7 +26,6 @@ from vitrail.explain.attention import Look, Move, Pass, chosen, explicit, mixers
 from vitrail.explain.heat import Heat
 from vitrail.explain.still import held_still
 from vitrail.nn.heads import DistilledHead
-from vitrail.nn.shapes import Grid
 
 
 @dataclass(kw_only=True)
@@ -122,7 +121,9 @@ def carried_back(found: Pass, start: Rows, through: Callable[[Look], Tensor], sh
         kept[:, :, :renewed] = share
         remaining = rows.tokens * kept
         prefix = remaining[:, :, : rows.prefix.shape[2]] + weight * sum(gain.prefix for gain in gains)
-        cells = remaining[:, :, rows.prefix.shape[2] :].view_as(rows.cells) + weight * sum(gain.cells for gain in gains)
+        cells = remaining[:, :, rows.prefix.shape[2] :].view_as(rows.cells) + weight * sum(
+            gain.cells for gain in gains
+        )
         rows = Rows(prefix=prefix, cells=cells)
     return rows
 
@@ -145,18 +146,23 @@ def start_rows(found: Pass, shares: Callable[[int, int], Tensor], like: Tensor) 
     last = found.moves[-1]
     row = shares(last.prefix_after, last.after.size).to(like).expand(like.shape[0], 1, -1)  # [B, 1, N]
     return Rows(
-        prefix=row[:, :, : last.prefix_after], cells=row[:, :, last.prefix_after :].unflatten(2, tuple(last.after))
+        prefix=row[:, :, : last.prefix_after],
+        cells=row[:, :, last.prefix_after :].unflatten(2, tuple(last.after)),
     )
 
 
 def attention(
-    network: nn.Module, images: Float[Tensor, "B C I J"], layer: int = -1, head: int | None = None, token: str = ""
+    network: nn.Module,
+    images: Float[Tensor, "B C I J"],
+    layer: int | None = None,
+    head: int | None = None,
+    token: str = "",
 ) -> Heat:
     """One layer's weights as they are: from the token that the head reads, or the mean over all queries.
 
-    `layer` counts all mixers from 0, or from the end; without `head`, the mean over heads.
+    `layer` counts all mixers from 0, or from the end (by default the last); without `head`, the mean over heads.
     """
-    name = chosen(list(mixers_of(network)), layer, "layer")
+    name = chosen(list(mixers_of(network)), -1 if layer is None else layer, "layer")
     with held_still(network), torch.no_grad(), explicit(network, only=[name]) as found:
         network(images)
     look = found.looks[0]
@@ -171,7 +177,9 @@ def attention(
         row[look.prefix :] = 1 / look.grid.size
     whose = "mean over all queries" if row[: look.prefix].sum() == 0 else f"{token or 'class'} token"
     row = row.expand(images.shape[0], 1, -1)
-    start = Rows(prefix=row[:, :, : look.prefix], cells=row[:, :, look.prefix :].unflatten(2, tuple(look.grid)))
+    start = Rows(
+        prefix=row[:, :, : look.prefix], cells=row[:, :, look.prefix :].unflatten(2, tuple(look.grid))
+    )
     cells = looked_at(start, look, weights).cells[:, 0]
     return Heat(
         values=cells.float().cpu(),
@@ -221,7 +229,9 @@ def relevance(
     for move in reversed(found.moves[1:]):
         start = moved(start, move)
     return Heat(
-        values=(rows.cells - start.cells)[:, 0].float().cpu(),  # without what averaging gives every cell alike
+        values=(rows.cells - start.cells)[:, 0]
+        .float()
+        .cpu(),  # without what averaging gives every cell alike
         placement=found.first[1],
         units="relevance: attention times its positive gradient, summed over paths",
         where=_whose(token, "all layers"),

@@ -1,0 +1,292 @@
+"""One call for every family: a picture in, a map out, with what it means and how far to trust it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from vitrail.data.image import decode
+from vitrail.data.transforms import Geometry, Preprocess, normalise
+from vitrail.engines.pytorch import TorchEngine
+from vitrail.errors import ConfigError, suggestion
+from vitrail.explain.faithfulness import CONTROLS, FILLS, Score, centre_map, random_map, score_maps
+from vitrail.explain.heat import Heat
+from vitrail.explain.methods import METHODS, Options, choose, default_method, heat_of, methods_for
+from vitrail.explain.occlusion import finest_stride, region_grid
+from vitrail.explain.overlay import Pixels, on_picture, overlay
+from vitrail.explain.still import held_still
+from vitrail.tasks.classify import Classify, Prediction
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
+
+STEPS = 10
+"""Steps of the deletion and insertion curves."""
+
+CHANCES = 3
+"""Random maps that a single picture's score is set beside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Why one class, for one picture, by one method."""
+
+    source: str
+    model: str
+    method: str
+    target: int
+    """Number of the class that is explained."""
+    label: str
+    score: float
+    """The model's probability of that class, 0..1."""
+    prediction: Prediction
+    class_specific: bool
+    """Whether the map is about this class; if not, it must not be read as the reason for it."""
+    heat: Heat
+    picture: UInt8[Tensor, "3 H W"]
+    """The upright picture."""
+    pixels: UInt8[Tensor, "C I J"]
+    """What the network saw of it."""
+    geometry: Geometry
+    regions: tuple[int, int]
+    """Regions, rows and columns, that the map is scored on."""
+    faithfulness: dict[str, Score] = field(default_factory=dict)
+    """Deletion and insertion for each fill; empty unless asked for."""
+    controls: dict[str, dict[str, Score]] = field(default_factory=dict)
+    """The same for maps that know nothing: by fill, then random and centre."""
+
+    @property
+    def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """The raw map, [h, w], over the cells of `heat.placement`."""
+        return self.heat.values[0].float().numpy()
+
+    def on_picture(self) -> Float[Tensor, "H W"]:
+        """The map at every pixel of the upright picture, NaN where the network did not look."""
+        return on_picture(self.shown, self.geometry)
+
+    def overlay(self) -> Pixels:
+        """The map over the picture, uint8 [H, W, 3] at the picture's size."""
+        return overlay(self.picture, self.on_picture())
+
+    @property
+    def shown(self) -> Heat:
+        """The map as it is drawn: one of single pixels is averaged over regions, being too fine for the eye."""
+        placement = self.heat.placement
+        if placement.scale_y > 1 or placement.scale_x > 1:
+            return self.heat
+        size = self.geometry.output
+        scale = type(placement)(size[0] / self.regions[0], size[1] / self.regions[1])
+        return dataclasses.replace(self.heat, values=self.heat.regions(size, self.regions), placement=scale)
+
+    @property
+    def caution(self) -> str:
+        """What must be said aloud beside the map; empty where there is nothing."""
+        said = []
+        if not self.class_specific:
+            said.append(
+                f"{self.method} does not know classes: it shows where the model looks, not why {self.label}"
+            )
+        for fill, score in self.faithfulness.items():
+            beaten = [name for name, control in self.controls[fill].items() if score.gap <= control.gap]
+            if beaten:
+                said.append(
+                    f"by deletion and insertion ({fill}) the map does no better than: {', '.join(beaten)}"
+                )
+        return "; ".join(said)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready, without the pictures."""
+        placement, elsewhere = self.heat.placement, self.heat.elsewhere
+        return {
+            "source": self.source,
+            "model": self.model,
+            "method": self.method,
+            "class_specific": self.class_specific,
+            "label": self.label,
+            "index": self.target,
+            "score": self.score,
+            "predicted": self.prediction.label,
+            "units": self.heat.units,
+            "where": self.heat.where,
+            "elsewhere": None if elsewhere is None else round(float(elsewhere[0]), 6),
+            "cells": list(self.heat.values.shape[1:]),
+            "cell": {  # place (y, x) in cells lies at (y * scale_y + shift_y, x * scale_x + shift_x) in the picture
+                "scale_y": placement.scale_y * self.geometry.scale_y,
+                "scale_x": placement.scale_x * self.geometry.scale_x,
+                "shift_y": placement.shift_y * self.geometry.scale_y + self.geometry.shift_y,
+                "shift_x": placement.shift_x * self.geometry.scale_x + self.geometry.shift_x,
+            },
+            "faithfulness": {fill: score.to_dict() for fill, score in self.faithfulness.items()},
+            "controls": {
+                fill: {name: score.to_dict() for name, score in found.items()}
+                for fill, found in self.controls.items()
+            },
+            "caution": self.caution,
+        }
+
+
+class Explainer:
+    """A model that answers where it looked. One call at a time; calls from several threads wait for each other.
+
+    Args:
+        model: a model folder, a run folder, or a network that is already built.
+        device: auto, cpu, cuda, cuda:N or mps. Explanations are computed in float32.
+
+    Example:
+        explainer = Explainer("runs/flowers/model")
+        found = explainer("rose.jpg", target="rose", method="relevance", score=True)
+        Image.fromarray(found.overlay()).save("rose-explained.png")
+    """
+
+    def __init__(self, model: str | Path | nn.Module, *, device: str = "auto") -> None:
+        self.engine = TorchEngine(model, device=device, precision="fp32")
+        self.network: nn.Module = self.engine.network
+        self.labels = self.engine.card.labels or tuple(
+            f"class {index}" for index in range(self.engine.classes)
+        )
+        self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        return str(getattr(self.network, "name", "")) or type(self.network).__name__
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods that are defined for this model."""
+        return methods_for(self.network)
+
+    @property
+    def default(self) -> str:
+        """The method that `auto` takes."""
+        return default_method(self.network)
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """The model's preprocessing."""
+        return Preprocess(self.engine.card.preprocessing)
+
+    @cached_property
+    def regions(self) -> tuple[int, int]:
+        """Regions, rows and columns, on which maps are compared: whole cells of the first grid, at most 16 a side."""
+        return region_grid(self.engine.card.preprocessing.input_size, finest_stride(self.network))
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.runtime.device
+
+    def class_number(self, target: str | int) -> int:
+        """The number of a class by name or number. Raises ConfigError with near matches."""
+        if isinstance(target, str) and target in self.labels:
+            return self.labels.index(target)
+        number = int(target) if isinstance(target, int) or target.isdecimal() else -1
+        if not 0 <= number < len(self.labels):
+            near = suggestion(str(target), self.labels) or f" There are classes 0 to {len(self.labels) - 1}."
+            raise ConfigError(f"{target!r} is no class of this model.{near}")
+        return number
+
+    def __call__(
+        self,
+        image: Picture,
+        target: str | int | None = None,
+        method: str = "auto",
+        *,
+        score: bool = False,
+        seed: int = 0,
+        name: str = "",
+        layer: int | None = None,
+        head: int | None = None,
+        token: str = "",
+        steps: int = 32,
+    ) -> Explanation:
+        """Explain one picture.
+
+        Args:
+            image: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] or tensor [3, H, W].
+            target: the class, by name or number; the predicted one by default.
+            method: auto, or one of `methods`.
+            score: measure deletion and insertion, beside a random map's and the centre's.
+            seed: of the random maps that the score is set beside.
+            name: what the picture is called in the result.
+            layer, head, token, steps: see `methods.Options`.
+
+        Raises:
+            ImageError: the picture cannot be read. ConfigError: an unknown class, method, layer, head or token.
+            UnsupportedError: the method is not defined for this model.
+        """
+        options = Options(layer=layer, head=head, token=token, steps=steps, grid=self.regions)
+        method = choose(self.network, method, options)
+        name = name or (os.fspath(image) if isinstance(image, str | os.PathLike) else "image")
+        picture = decode(_array(image), name=name)
+        pixels = self.preprocess(picture)
+        with self._lock:
+            images = normalise(pixels[None].to(self.device), self.engine.card.preprocessing)
+            with held_still(self.network), torch.no_grad():
+                logits = self.network(images)
+            prediction = Classify(self.labels).decode(logits, top_k=5, sources=[name])[0]
+            number = int(logits[0].argmax()) if target is None else self.class_number(target)
+            heat = heat_of(self.network, images, [number], method, options)
+            faithfulness, controls = self._scores(images, heat, number, seed) if score else ({}, {})
+        return Explanation(
+            source=name,
+            model=self.name,
+            method=method,
+            target=number,
+            label=self.labels[number],
+            score=float(logits[0].float().softmax(dim=0)[number]),
+            prediction=prediction,
+            class_specific=METHODS[method].class_specific,
+            heat=heat,
+            picture=picture,
+            pixels=pixels,
+            geometry=self.preprocess.geometry(int(picture.shape[1]), int(picture.shape[2])),
+            regions=self.regions,
+            faithfulness=faithfulness,
+            controls=controls,
+        )
+
+    def _scores(
+        self, images: Tensor, heat: Heat, target: int, seed: int
+    ) -> tuple[dict[str, Score], dict[str, dict[str, Score]]]:
+        """The map's scores, and those of the centre and of the mean of some random maps."""
+        size = (images.shape[2], images.shape[3])
+        chances = [random_map(self.regions, seed + number) for number in range(CHANCES)]
+        maps = torch.stack([heat.regions(size, self.regions)[0], centre_map(self.regions), *chances])
+        faithfulness, controls = {}, {}
+        for fill in FILLS:
+            mine, centre, *random = score_maps(self.network, images[0], target, maps, fill=fill, steps=STEPS)
+            chance = Score(
+                deletion=sum(found.deletion for found in random) / len(random),
+                insertion=sum(found.insertion for found in random) / len(random),
+            )
+            faithfulness[fill] = mine
+            controls[fill] = dict(zip(CONTROLS, (chance, centre), strict=True))
+        return faithfulness, controls
+
+
+def _array(image: Any) -> Any:
+    """What `decode` takes: a tensor [3, H, W] as an array [H, W, 3], everything else as it is."""
+    return image.permute(1, 2, 0).cpu().numpy() if isinstance(image, Tensor) else image
+
+
+def explain(
+    model: str | Path | nn.Module | Explainer,
+    image: Picture,
+    target: str | int | None = None,
+    method: str = "auto",
+    **options: Any,
+) -> Explanation:
+    """Explain one picture with one call; see `Explainer`, which is quicker for many."""
+    explainer = model if isinstance(model, Explainer) else Explainer(model)
+    return explainer(image, target, method, **options)

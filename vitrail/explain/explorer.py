@@ -1,0 +1,161 @@
+"""One self-contained page: what every patch attends to and who attends to it, in every layer and head.
+
+No request leaves the page; it works by mouse, touch and keyboard.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from importlib import resources
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.data.transforms import normalise
+from vitrail.explain.attention import Look, explicit
+from vitrail.explain.explainer import Explainer, Explanation
+from vitrail.explain.overlay import png, shares
+from vitrail.explain.places import covering
+from vitrail.explain.still import held_still
+
+MOST_BYTES = 8_000_000
+"""Numbers of attention in one page, a byte each; finer grids are averaged until they fit."""
+
+FINEST = 28
+"""Rows and columns that are told apart at most, whatever the layer's grid."""
+
+
+def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: str = "") -> str:
+    """The page of one picture's explanations; everything it shows is in it."""
+    template = resources.files("vitrail.explain").joinpath("explorer.html").read_text(encoding="utf-8")
+    first = explanations[0]
+    data = {
+        "image": _url(first),
+        "height": first.geometry.output[0],
+        "width": first.geometry.output[1],
+        "maps": [_map(found) for found in explanations],
+        "layers": layers(explainer, first),
+    }
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+    said = [note, *(found.caution for found in explanations)]
+    replaced = {
+        "TITLE": html.escape(f"{first.source}: where {first.model} looks"),
+        "SUMMARY": html.escape(_summary(first)),
+        "NOTE": "".join(f'<p class="note">{html.escape(one)}.</p>' for one in dict.fromkeys(said) if one),
+        "SCORES": _scores(explanations),
+        "DATA": text,
+    }
+    for name, value in replaced.items():
+        template = template.replace(f"<!--{name}-->", value)
+    return template
+
+
+def _summary(found: Explanation) -> str:
+    best = found.prediction.top[0]
+    said = f"{found.model} says {best.label}, {best.score:.1%}"
+    return said if found.target == best.index else f"{said}; explained is {found.label}, {found.score:.1%}"
+
+
+def _url(found: Explanation) -> str:
+    pixels = found.pixels.expand(3, -1, -1) if found.pixels.shape[0] == 1 else found.pixels
+    data = png(pixels.permute(1, 2, 0).contiguous().numpy())
+    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def _map(found: Explanation) -> dict[str, Any]:
+    """One method's map at the input's resolution, at most 112 cells a side."""
+    rows, columns = (min(side, 112) for side in found.geometry.output)
+    values, signed = shares(found.shown.regions(found.geometry.output, (rows, columns))[0])
+    return {
+        "method": found.method,
+        "label": found.label,
+        "specific": found.class_specific,
+        "units": found.heat.units,
+        "where": found.heat.where,
+        "signed": signed,
+        "rows": rows,
+        "columns": columns,
+        "data": _bytes(values * 255),
+    }
+
+
+def _scores(explanations: Sequence[Explanation]) -> str:
+    """Rows of the table of deletion and insertion; empty where nothing was scored."""
+    rows = []
+    for found in explanations:
+        for fill, score in found.faithfulness.items():
+            controls = found.controls[fill]
+            cells = [found.method, fill, f"{score.deletion:.3f}", f"{score.insertion:.3f}", f"{score.gap:+.3f}"]
+            cells += [f"{controls[name].gap:+.3f}" for name in ("random", "centre")]
+            rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
+    return "\n".join(rows)
+
+
+def layers(explainer: Explainer, found: Explanation) -> list[dict[str, Any]]:
+    """Every mixer's weights for the picture, coarse enough to fit."""
+    images = normalise(found.pixels[None].to(explainer.device), explainer.engine.card.preprocessing)
+    finest = FINEST
+    with held_still(explainer.network), torch.no_grad(), explicit(explainer.network) as recorded:
+        explainer.network(images)
+    while finest > 4 and sum(_size(look, finest) for look in recorded.looks) > MOST_BYTES:
+        finest -= 1
+    return [_layer(look, finest) for look in recorded.looks]
+
+
+def _coarse(look: Look, finest: int) -> tuple[Tensor, Tensor]:
+    """What rows and columns of the shown grid are means of, in rows and columns of the layer's."""
+    sides = []
+    for size in look.grid:
+        step = -(-size // finest)
+        sides.append(covering(size, step, step).matrix(size))
+    return sides[0], sides[1]
+
+
+def _size(look: Look, finest: int) -> int:
+    rows, columns = _coarse(look, finest)
+    cells = rows.shape[0] * columns.shape[0]
+    queries = look.prefix + (cells if look.weights.shape[2] > look.prefix else 0)
+    return int(look.weights.shape[1] * queries * (look.keys.prefix + cells))
+
+
+def _layer(look: Look, finest: int) -> dict[str, Any]:
+    """Weights between cells of the shown grid: means over the askers of a cell, sums over those it asks."""
+    rows, columns = _coarse(look, finest)
+    weights = look.weights[0].float().cpu()  # [H, N, M]
+    gained = weights[:, :, look.keys.prefix :].unflatten(2, tuple(look.keys.grid))  # [H, N, m, m]
+    down = look.keys.rows @ (rows > 0).float().t()  # [m, h']
+    across = look.keys.columns @ (columns > 0).float().t()
+    gained = torch.einsum("hnab,ar,bc->hnrc", gained, down, across).flatten(2)  # [H, N, cells]
+    keyed = torch.cat([weights[:, :, : look.keys.prefix], gained], dim=2)  # [H, N, K]
+    asked = keyed[:, : look.prefix]
+    if weights.shape[1] > look.prefix:
+        cells = keyed[:, look.prefix :].unflatten(1, tuple(look.grid))  # [H, h, w, K]
+        cells = torch.einsum("hijk,ri,cj->hrck", cells, rows, columns).flatten(1, 2)
+        asked = torch.cat([asked, cells], dim=1)  # [H, Q, K]
+    most = float(asked.max()) or 1.0
+    scale_y = look.placement.scale_y * look.grid.rows / rows.shape[0]
+    scale_x = look.placement.scale_x * look.grid.columns / columns.shape[0]
+    return {
+        "name": look.block if look.name == f"{look.block}.mixer" else look.name,
+        "rows": rows.shape[0],
+        "columns": columns.shape[0],
+        "grid": list(look.grid),
+        "place": [scale_y, scale_x, look.placement.shift_y, look.placement.shift_x],
+        "heads": asked.shape[0],
+        "prefix": look.prefix,
+        "queries": asked.shape[1],
+        "keyPrefix": look.keys.prefix,
+        "keys": asked.shape[2],
+        "most": most,
+        "data": _bytes((asked.clamp_min(0) / most).sqrt() * 255),  # the root keeps small weights apart
+    }
+
+
+def _bytes(values: Tensor) -> str:
+    """Values in 0..255, rounded, as base64."""
+    array = values.round().clamp(0, 255).byte().contiguous().numpy()
+    return base64.b64encode(array.tobytes()).decode()

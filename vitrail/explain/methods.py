@@ -1,0 +1,156 @@
+"""The table of methods: what each needs of a network, what it costs, and one call for all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vitrail.errors import ConfigError, UnsupportedError, suggestion
+from vitrail.explain.attention import blocks_of, mixers_of
+from vitrail.explain.gradients import gradcam, integrated_gradients
+from vitrail.explain.heat import Heat
+from vitrail.explain.occlusion import occlusion
+from vitrail.explain.rollout import attention, relevance, rollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a method may be told; each takes what concerns it."""
+
+    layer: int | None = None
+    """Mixer (attention) or block (gradcam), from 0, or from the end; by default the last that means something."""
+    head: int | None = None
+    """Head of attention; by default the mean."""
+    token: str = ""
+    """Prefix token whose attention is shown: class, distillation or a number; by default those the head reads."""
+    steps: int = 32
+    """Steps of integrated gradients."""
+    grid: tuple[int, int] = (14, 14)
+    """Regions of occlusion, rows and columns."""
+
+
+Run = Callable[[nn.Module, Tensor, Sequence[int] | Tensor, Options], Heat]
+
+
+class Method(NamedTuple):
+    """One way to explain."""
+
+    run: Run
+    class_specific: bool
+    """Whether the map is about one class; if not, it must not be read as the reason for it."""
+    takes: frozenset[str]
+    """Names of the options that it takes."""
+    lacking: Callable[[nn.Module], str]
+    """What a network lacks for it; empty where it is defined."""
+    forwards: Callable[[Options], float]
+    """About how many forward passes an image costs."""
+
+
+def _no_attention(network: nn.Module) -> str:
+    return "" if mixers_of(network) else "it has no attention that can be written down"
+
+
+def _no_chain(network: nn.Module) -> str:
+    """Rollout and relevance follow tokens through every block: each must say how it mixes them."""
+    blocks = blocks_of(network)
+    if not blocks:
+        return "it is not made of blocks whose attention could be followed"
+    mixers = mixers_of(network)
+    silent = [
+        name
+        for name, block in blocks.items()
+        if not any(mixer.startswith(name + ".") for mixer in mixers) and not _token_by_token(block)
+    ]
+    return f"{silent[0]} does not say how it mixes tokens" if silent else ""
+
+
+def _token_by_token(block: nn.Module) -> bool:
+    """Whether a block works on every token alone, so that no token learns of another."""
+    alone = (nn.Linear, nn.LayerNorm, nn.GELU, nn.ReLU, nn.Dropout, nn.Identity)
+    return all(isinstance(part, alone) for part in block.modules() if not list(part.children()))
+
+
+def _nothing(network: nn.Module) -> str:
+    return ""
+
+
+METHODS: dict[str, Method] = {
+    # name              function, about a class?, options, what it needs, cost
+    "attention": Method(
+        lambda net, images, targets, to: attention(net, images, to.layer, to.head, to.token),
+        False, frozenset({"layer", "head", "token"}), _no_attention, lambda to: 1.2,
+    ),
+    "rollout": Method(
+        lambda net, images, targets, to: rollout(net, images, to.token),
+        False, frozenset({"token"}), _no_chain, lambda to: 1.3,
+    ),
+    "relevance": Method(
+        lambda net, images, targets, to: relevance(net, images, targets, to.token),
+        True, frozenset({"token"}), _no_chain, lambda to: 3.5,
+    ),
+    "gradcam": Method(
+        lambda net, images, targets, to: gradcam(net, images, targets, to.layer),
+        True, frozenset({"layer"}), _nothing, lambda to: 1.5,
+    ),
+    "integrated_gradients": Method(
+        lambda net, images, targets, to: integrated_gradients(net, images, targets, steps=to.steps),
+        True, frozenset({"steps"}), _nothing, lambda to: 3.0 * to.steps,
+    ),
+    "occlusion": Method(
+        lambda net, images, targets, to: occlusion(net, images, targets, to.grid),
+        True, frozenset({"grid"}), _nothing, lambda to: 1.0 + to.grid[0] * to.grid[1],
+    ),
+}  # fmt: skip
+
+
+def methods_for(network: nn.Module) -> tuple[str, ...]:
+    """Names of the methods that are defined for a network, cheap ones first."""
+    return tuple(name for name, method in METHODS.items() if not method.lacking(network))
+
+
+def default_method(network: nn.Module) -> str:
+    """Relevance where tokens can be followed through all blocks, else Grad-CAM."""
+    return "gradcam" if METHODS["relevance"].lacking(network) else "relevance"
+
+
+def choose(network: nn.Module, method: str, options: Options) -> str:
+    """The method that a name means ("auto" too).
+
+    Raises ConfigError for an unknown name or an option that the method does not take, UnsupportedError where the
+    method is not defined for the network, with those that are.
+    """
+    if method == "auto":
+        method = default_method(network)
+    if method not in METHODS:
+        names = ["auto", *METHODS]
+        raise ConfigError(
+            f"method must be one of {', '.join(names)}; got {method!r}.{suggestion(method, names)}"
+        )
+    lacking = METHODS[method].lacking(network)
+    if lacking:
+        name = getattr(network, "name", "") or type(network).__name__
+        raise UnsupportedError(
+            f"{method} is not defined for {name}: {lacking}. These are: {', '.join(methods_for(network))}."
+        )
+    default = Options()
+    for field in ("layer", "head", "token", "steps"):
+        if getattr(options, field) != getattr(default, field) and field not in METHODS[method].takes:
+            takers = [name for name, other in METHODS.items() if field in other.takes]
+            raise ConfigError(f"{method} takes no {field}; {' and '.join(takers)} does." if len(takers) == 1
+                              else f"{method} takes no {field}; {', '.join(takers)} do.")  # fmt: skip
+    return method
+
+
+def heat_of(
+    network: nn.Module,
+    images: Float[Tensor, "B C I J"],
+    targets: Sequence[int] | Tensor,
+    method: str,
+    options: Options,
+) -> Heat:
+    """One method's maps for a batch of normalised images and one class an image."""
+    return METHODS[choose(network, method, options)].run(network, images, targets, options)
