@@ -45,10 +45,14 @@ def attend(
     return (F.dropout(weights, dropout) if dropout else weights) @ values
 
 
-@torch.compiler.assume_constant_result
 def native_bf16() -> bool:
     """Whether this CPU multiplies bfloat16 matrices in hardware (AVX512-BF16 or AMX)."""
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+# What torch.compiler.assume_constant_result sets. The decorator itself imports the whole compiler, which takes
+# as long as torch: every prediction from cold would wait for it.
+native_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def attention_weights(
