@@ -4,12 +4,13 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v p
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+DATA ?= $(or $(VITRAIL_DATA),../shared/data)
 CORES ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal -q
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench parity constraints clean
+.PHONY: help setup demo test test-slow check bench parity costs constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -45,10 +46,13 @@ check: $(READY)  ## format, lint and strict types
 
 bench: $(READY)  ## measured tables: training on the CPU and the data path, beside peers
 	@$(BIN)/python benchmarks/cpu_train.py
-	@$(BIN)/python benchmarks/data_path.py
+	@$(BIN)/python benchmarks/data_path.py $(DATA)/imagenette/train-0.zip $(DATA)/photos/imagenet-30.zip
 
 parity: $(READY)  ## logits beside timm's and transformers', for the same weights
 	@$(PYTEST) -rA -k parity tests
+
+costs: $(READY)  ## count parameters and FLOPs of every network anew, for vitrail models
+	@$(BIN)/python -c 'from vitrail.jobs.models import write_table; write_table()'
 
 constraints: $(READY)  ## renew constraints.txt from pyproject.toml
 	@printf 'hatchling\neditables\nuv\n' | $(BIN)/uv pip compile --quiet --all-extras --no-header --no-annotate \

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vitrail.cli import show
 
 if TYPE_CHECKING:
+    from vitrail.jobs.bench import Benchmark
     from vitrail.jobs.info import Info
     from vitrail.runs import (
         BenchRun,
@@ -310,28 +311,32 @@ def bench(run: BenchRun) -> int:
         speeds = [speed._asdict() for speed in found.speeds]
         print(show.json_text({**dataclasses.asdict(found), "cost": gflops, "speeds": speeds}))
         return 0
-    ours = {speed.mode: speed.best for speed in found.speeds if speed.contender == "vitrail"}
-    show.table(
-        ["network of", "mode", "images/s, best", "median", "vitrail is", "memory, MB"],
-        [
-            [
-                speed.contender,
-                speed.mode,
-                f"{speed.best:.2f}",
-                f"{speed.median:.2f}",
-                "" if speed.contender == "vitrail" else f"{ours[speed.mode] / speed.best:.2f} ×",
-                f"{speed.memory / 1e6:,.0f}",
-            ]
-            for speed in found.speeds
-        ],
-        right=["images/s, best", "median", "vitrail is", "memory, MB"],
-    )
+    columns, rows, right = bench_rows(found)
+    show.table(columns, rows, right)
     show.say(
         f"{found.model}, {_size(found.img_size)}, batch {found.batch_size}, {found.precision}, {found.device},"
         f" {found.threads} threads, {found.repeats} rounds in turns; {found.cost.parameters:,} parameters,"
         f" {found.cost.gflops:.3g} GFLOPs. {RULE}."
     )
     return 0
+
+
+def bench_rows(found: Benchmark) -> tuple[list[str], list[list[str]], list[str]]:
+    """Columns, rows and the columns that are numbers, for a table of speeds."""
+    ours = {speed.mode: speed.best for speed in found.speeds if speed.contender == "vitrail"}
+    rows = [
+        [
+            speed.contender,
+            speed.mode,
+            f"{speed.best:.2f}",
+            f"{speed.median:.2f}",
+            "" if speed.contender == "vitrail" else f"{ours[speed.mode] / speed.best:.2f} ×",
+            f"{speed.memory / 1e6:,.0f}",
+        ]
+        for speed in found.speeds
+    ]
+    numbers = ["images/s, best", "median", "vitrail is", "memory, MB"]
+    return ["network of", "mode", *numbers], rows, numbers
 
 
 def _size(size: tuple[int, int]) -> str:

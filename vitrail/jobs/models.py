@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from vitrail.config import to_dict
 from vitrail.errors import ModelError, suggestion
 from vitrail.models import registry
 from vitrail.runs import ModelsRun
 
 RULE = "GFLOPs: multiply-adds of matrix products and convolutions, in 10^9, one image (the papers' way)"
+
+TABLE = Path(__file__).with_name("costs.json")
 
 
 class Cost(NamedTuple):
@@ -47,13 +54,43 @@ def models(run: ModelsRun) -> list[Row]:
 
 
 def row(name: str) -> Row:
+    """One network: from the table of counts where it stands there, else counted now."""
+    config = registry.variant(name)
+    found = counted().get(name)
+    known = Cost(*found[:2]) if found is not None and found[2] == digest(config) else count(name)
+    family = registry.family_name(registry.family_of(name))
+    return Row(name, family, known.parameters, known.gflops, config.img_size)
+
+
+def count(name: str) -> Cost:
     """One network, built on the meta device and counted."""
     config = registry.variant(name)
     with torch.device("meta"):
         model = registry.from_config(name, config)
-    counted = cost(model, config.img_size, config.in_chans)
-    family = registry.family_name(registry.family_of(name))
-    return Row(name, family, counted.parameters, counted.gflops, config.img_size)
+    return cost(model, config.img_size, config.in_chans)
+
+
+@functools.cache
+def counted() -> dict[str, tuple[int, int, str]]:
+    """The table of counts, so that the list comes at once: parameters, multiply-adds, digest of the config."""
+    table: dict[str, tuple[int, int, str]] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def write_table() -> None:
+    """Count every network anew (`make costs`); a test compares the table with the networks."""
+    lines = []
+    for name in registry.list_models():
+        found = count(name)
+        lines.append(
+            f'"{name}": [{found.parameters}, {found.multiply_adds}, "{digest(registry.variant(name))}"]'
+        )
+    TABLE.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def digest(config: Any) -> str:
+    """A few letters that change when a variant's configuration does."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def cost(model: nn.Module, img_size: tuple[int, int], in_chans: int = 3) -> Cost:
