@@ -112,7 +112,8 @@ def test_entries_are_told_in_their_order_with_what_they_did() -> None:
     )
     rows, columns = first.module.patch
     patch = batch[0, :, :rows, :columns].flatten()
-    wanted = first.module.proj.weight.flatten(1) @ patch + first.module.proj.bias
+    projection: Any = first.module.proj
+    wanted = projection.weight.flatten(1) @ patch + projection.bias
     torch.testing.assert_close(first.map[0, :, 0, 0], wanted, rtol=1e-4, atol=1e-5)
 
 
