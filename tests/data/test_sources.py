@@ -200,6 +200,18 @@ def test_digits_are_built_in() -> None:
     assert max(int(np.max(splits.train.read(index))) for index in range(50)) == 255
 
 
+@pytest.mark.slow  # scikit-learn takes seconds to import
+def test_the_digits_are_scikit_learns() -> None:
+    from sklearn.datasets import load_digits
+
+    theirs = load_digits()
+    everything = open_splits(["digits"]).everything
+    for index in range(len(everything)):
+        number = int(everything.name(index).rsplit("/")[-1])
+        assert everything.labels[index] == theirs.target[number]
+        assert np.abs(np.asarray(everything.read(index)) / (255 / 16) - theirs.images[number]).max() < 0.04
+
+
 def test_a_model_s_own_order_of_classes(tmp_path: Path) -> None:
     source = open_source([as_zip(pictures(a=1, b=2), tmp_path)], "all")
     turned = source.relabel(("c", "b", "a"))
