@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from vitrail.explain.capture import capture, evaluation, gaze, listen
+from vitrail.explain.capture import capture, evaluation, gaze, listen, stages_of
 from vitrail.models import registry
+from vitrail.nn.attention import Attention
+from vitrail.nn.block import ParallelBlock
 from vitrail.nn.entry import Patchify, PrefixTokens
-
-FAMILIES = sorted(registry.FAMILIES)
+from vitrail.nn.trunk import Stage
 
 
 def tiny(family: str) -> Any:
@@ -20,6 +21,10 @@ def tiny(family: str) -> Any:
     module = registry._module(family)
     torch.manual_seed(0)
     return registry.from_config(next(iter(module.VARIANTS)), module.TINY).eval()
+
+
+FAMILIES = [family for family in sorted(registry.FAMILIES) if stages_of(tiny(family))]
+"""Those made of stages; residual networks of convolutions are not."""
 
 
 def images(network: Any, count: int = 2) -> torch.Tensor:
@@ -58,13 +63,12 @@ def test_weights_mixed_again_give_what_the_mixer_gave(family: str) -> None:
     network = tiny(family)
     with torch.no_grad(), capture(network) as recording:
         network(images(network))
-        for block in recording.blocks:
-            weights = block.weights()
-            assert weights is not None and block.mixer is not None
+        for record in (mixer for block in recording.blocks for mixer in block.mixers):
+            weights = record.weights()
             torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]), rtol=0, atol=1e-5)
-            mixer: Any = block.mixer
+            mixer: Any = record.module
             torch.testing.assert_close(
-                mixer.mix(weights, *block.arguments), mixer(*block.arguments), rtol=1e-4, atol=1e-4
+                mixer.mix(weights, *record.arguments), mixer(*record.arguments), rtol=1e-4, atol=1e-4
             )
 
 
@@ -81,13 +85,25 @@ def test_every_block_says_where_it_looks(family: str) -> None:
         assert look.token == (block.prefix > 0)
 
 
+def test_mixers_side_by_side_are_all_seen() -> None:
+    torch.manual_seed(0)
+    mixers = [Attention(8, 2), Attention(8, 2)]
+    block = ParallelBlock(8, mixers, 16)
+    stage = Stage(Patchify(3, 8, (4, 4)), [block])
+    with torch.no_grad(), capture(stage) as recording:
+        stage(torch.randn(1, 3, 8, 8), None)
+    look = gaze(recording.blocks[0])
+    assert look is not None and look.maps.shape == (4, 2, 2)
+    assert [record.module for record in recording.blocks[0].mixers] == mixers
+
+
 def test_attention_equals_an_explicit_computation() -> None:
     network = tiny("vit")
     with torch.no_grad(), capture(network) as recording:
         network(images(network, 1))
         block = recording.blocks[0]
-        mixer: Any = block.mixer
-        tokens = block.arguments[0][0].double()
+        mixer: Any = block.mixers[0].module
+        tokens = block.mixers[0].arguments[0][0].double()
         joint = tokens @ mixer.qkv.weight.double().t() + mixer.qkv.bias.double()
         width = tokens.shape[1] // mixer.heads
         look = gaze(block)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.capture import evaluation, listen, stages_of
 from vitrail.explain.places import PIXELS, Axis, Keys, Placement, axes, keys_of
+from vitrail.nn.resnet import Stem
 from vitrail.nn.shapes import Grid
 
 Item = TypeVar("Item")
@@ -63,7 +64,7 @@ class Pass:
 
     events: list[Look | Move] = field(default_factory=list)
     placement: Placement = PIXELS
-    """Where the cells of the last grid lie in the network's input."""
+    """Where the cells of the last grid lie in the network's input, for a network made of stages."""
 
     @property
     def looks(self) -> list[Look]:
@@ -134,6 +135,7 @@ def explicit(
         if gradients and not weights.requires_grad:
             weights.requires_grad_()
         look = _look(name, homes[name], found, module, arguments, weights)
+        look.placement = maps.get(look.grid, look.placement)
         look.weights = weights if keep is None else keep(weights)
         found.events.append(look)
         if alter is not None:
@@ -146,7 +148,7 @@ def explicit(
 
     started = network.register_forward_pre_hook(begin)
     try:
-        with listen({**entries, **mixers}, heard):
+        with slid(network) as maps, listen({**entries, **mixers}, heard):
             yield found
     finally:
         started.remove()
@@ -177,8 +179,9 @@ def _move(name: str, entry: nn.Module, arguments: tuple[Any, ...], output: Any) 
 def _look(
     name: str, block: str, found: Pass, mixer: nn.Module, arguments: tuple[Any, ...], weights: Tensor
 ) -> Look:
-    tokens, grid = arguments[:2]
-    prefix = tokens.shape[1] - grid.size
+    given = arguments[0]
+    grid = Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]  # a map (non-local), or tokens with their grid
+    prefix = 0 if given.ndim == 4 else given.shape[1] - grid.size
     keys = keys_of(mixer, weights.shape[3], grid, prefix)
     if keys is None:
         raise UnsupportedError(
@@ -228,7 +231,7 @@ def slid(network: nn.Module) -> Iterator[dict[Grid, Placement]]:
     parts = {
         name: module
         for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d)
+        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | Stem)
     }
 
     def heard(_name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:

@@ -77,8 +77,27 @@ class EntryRecord:
 
 
 @dataclass(kw_only=True)
+class MixerRecord:
+    """One mixer, and what it was given."""
+
+    module: nn.Module
+    arguments: tuple[Any, ...]
+    """Tokens and grid, as its forward takes them."""
+
+    def weights(self) -> Float[Tensor, "B H N M"]:
+        """Attention of queries to keys, rows summing to one, computed now.
+
+        There may be fewer queries than tokens (class attention), and fewer keys (spatial reduction);
+        `places.keys_of` says where the keys lie.
+        """
+        mixer: Any = self.module
+        weights: Tensor = mixer.weights(*self.arguments)
+        return weights
+
+
+@dataclass(kw_only=True)
 class BlockRecord:
-    """One block: its tokens afterwards, and what its mixer was given."""
+    """One block: its tokens afterwards, and what its mixers were given."""
 
     stage: int
     number: int
@@ -88,25 +107,13 @@ class BlockRecord:
     grid: Grid
     tokens: Tensor
     """[B, N, D] after the block, prefix first."""
-    mixer: nn.Module | None = None
-    arguments: tuple[Any, ...] = ()
+    mixers: tuple[MixerRecord, ...] = ()
+    """Those whose weights can be written down; more than one where they stand side by side."""
 
     @property
     def prefix(self) -> int:
         """Tokens that stand before the grid's."""
         return self.tokens.shape[1] - self.grid.size
-
-    def weights(self) -> Float[Tensor, "B H N M"] | None:
-        """Attention of queries to keys, rows summing to one, computed now; None where the mixer has none.
-
-        There may be fewer queries than tokens (class attention), and fewer keys (spatial reduction);
-        `places.keys_of` says where the keys lie.
-        """
-        explain = getattr(self.mixer, "weights", None)
-        if explain is None:
-            return None
-        weights: Tensor = explain(*self.arguments)
-        return weights
 
 
 @dataclass(kw_only=True)
@@ -150,20 +157,19 @@ def capture(network: nn.Module) -> Iterator[Recording]:
                 module,
                 ("block", number, block),
             )
-            mixer = getattr(module, "mixer", None)
-            if mixer is not None:
-                modules[f"{name}.blocks.{block}.mixer"] = mixer
-                places[f"{name}.blocks.{block}.mixer"] = ("mixer", number, block)
-    given: dict[str, tuple[Any, ...]] = {}
+            for inner, mixer in module.named_modules():
+                if hasattr(mixer, "weights") and hasattr(mixer, "mix"):
+                    modules[f"{name}.blocks.{block}.{inner}"] = mixer
+                    places[f"{name}.blocks.{block}.{inner}"] = ("mixer", number, block)
+    mixers: list[MixerRecord] = []  # of the block that is running
 
     def heard(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         kind, stage, number = places[name]
         if kind == "mixer":
-            given[name] = arguments
+            mixers.append(MixerRecord(module=module, arguments=arguments))
         elif kind == "entry":
             recording.entries.append(_entry_record(stage, name.rpartition(".")[2], module, arguments, output))
         else:
-            mixer = getattr(module, "mixer", None)
             recording.blocks.append(
                 BlockRecord(
                     stage=stage,
@@ -171,14 +177,15 @@ def capture(network: nn.Module) -> Iterator[Recording]:
                     name=name,
                     grid=arguments[1],
                     tokens=output,
-                    mixer=mixer,
-                    arguments=given.pop(f"{name}.mixer", ()),
+                    mixers=tuple(mixers),
                 )
             )
+            mixers.clear()
 
     def begin(_module: nn.Module, _arguments: Any) -> None:
         recording.entries.clear()
         recording.blocks.clear()
+        mixers.clear()
 
     def end(_module: nn.Module, _arguments: Any, output: Any) -> None:
         recording.output = output
@@ -221,19 +228,24 @@ class Gaze:
 def gaze(record: BlockRecord) -> Gaze | None:
     """The attention of [CLS] (the first prefix token) to the picture in one block, for the first image.
 
-    Without prefix tokens it is the mean over all queries: how much each place is looked at. None where the
-    mixer has no weights, or their keys cannot be laid out over the grid.
+    Without prefix tokens it is the mean over all queries: how much each place is looked at. Heads of mixers side
+    by side follow each other. None where no mixer has weights, or their keys cannot be laid out over the grid.
     """
-    with torch.no_grad():
-        weights = record.weights()
-    if weights is None or record.mixer is None:
+    found = [maps for mixer in record.mixers if (maps := _maps(mixer, record)) is not None]
+    if not found:
         return None
-    keys = keys_of(record.mixer, weights.shape[3], record.grid, record.prefix)
+    maps = torch.cat(found)  # [H, h, w]
+    elsewhere = (1 - maps.sum(dim=(1, 2))).clamp(min=0)
+    return Gaze(maps=maps, elsewhere=elsewhere, token=record.prefix > 0)
+
+
+def _maps(mixer: MixerRecord, record: BlockRecord) -> Float[Tensor, "H h w"] | None:
+    with torch.no_grad():
+        weights = mixer.weights()[0].detach().float().cpu()  # [H, N, M]
+    keys = keys_of(mixer.module, weights.shape[2], record.grid, record.prefix)
     if keys is None:
         return None
-    attention = weights[0].detach().float().cpu()  # [H, N, M]
-    token = record.prefix > 0
-    row = attention[:, 0] if token else attention.mean(dim=1)  # [H, M]
+    row = weights[:, 0] if record.prefix else weights.mean(dim=1)  # [H, M]
     cells = row[:, keys.prefix :].unflatten(1, tuple(keys.grid))  # [H, m, n]
-    maps = keys.rows.t() @ cells @ keys.columns  # [H, h, w]
-    return Gaze(maps=maps, elsewhere=(1 - maps.sum(dim=(1, 2))).clamp(min=0), token=token)
+    maps: Tensor = keys.rows.t() @ cells @ keys.columns  # [H, h, w]
+    return maps

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, UnsupportedError, suggestion
 from vitrail.explain.attention import blocks_of, mixers_of
+from vitrail.explain.gates import gated, gates_of
 from vitrail.explain.gradients import gradcam, integrated_gradients
 from vitrail.explain.heat import Heat
 from vitrail.explain.occlusion import occlusion
@@ -51,7 +52,16 @@ class Method(NamedTuple):
 
 
 def _no_attention(network: nn.Module) -> str:
-    return "" if mixers_of(network) else "it has no attention that can be written down"
+    if mixers_of(network) or gates_of(network):
+        return ""
+    return "it has no attention that can be written down, and no gates"
+
+
+def _attention(network: nn.Module, images: Tensor, targets: Sequence[int] | Tensor, options: Options) -> Heat:
+    """Weights where there are some, else what the channel gates let through."""
+    if mixers_of(network):
+        return attention(network, images, options.layer, options.head, options.token)
+    return gated(network, images, options.layer)
 
 
 def _no_chain(network: nn.Module) -> str:
@@ -81,7 +91,7 @@ def _nothing(network: nn.Module) -> str:
 METHODS: dict[str, Method] = {
     # name              function, about a class?, options, what it needs, cost
     "attention": Method(
-        lambda net, images, targets, to: attention(net, images, to.layer, to.head, to.token),
+        _attention,
         False, frozenset({"layer", "head", "token"}), _no_attention, lambda to: 1.2,
     ),
     "rollout": Method(

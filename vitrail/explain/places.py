@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from vitrail.nn.bit import BitStem
 from vitrail.nn.entry import Chain, Patchify, SoftSplit
 from vitrail.nn.pyramid import Merge
+from vitrail.nn.resnet import Stem
 from vitrail.nn.shapes import Grid
 
 
@@ -118,6 +119,8 @@ def reaches(entry: nn.Module, size: tuple[int, int]) -> list[tuple[Reach, Reach]
         return [_both(covering(side, 2, 2) for side in size)]
     if isinstance(entry, Patchify) and entry.rest == "pad":
         return [_both(covering(side, patch, patch) for side, patch in zip(size, entry.patch, strict=True))]
+    if isinstance(entry, Stem):
+        return _stem(entry, size)
     if isinstance(entry, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         return [window(entry, size)]
     for name in ("proj", "conv", "layers"):  # Patchify, OverlapPatch, ConvPool; the stems' sequences
@@ -128,8 +131,12 @@ def reaches(entry: nn.Module, size: tuple[int, int]) -> list[tuple[Reach, Reach]
 
 
 def window(module: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d, size: tuple[int, int]) -> tuple[Reach, Reach]:
-    """The window of one convolution or pooling."""
-    terms = zip(size, _pair(module.kernel_size), _pair(module.stride), _pair(module.padding), strict=True)
+    """The window of one convolution or pooling; a dilated kernel is as long as it reaches."""
+    dilation = _pair(getattr(module, "dilation", 1))
+    kernel = tuple(
+        (side - 1) * step + 1 for side, step in zip(_pair(module.kernel_size), dilation, strict=True)
+    )
+    terms = zip(size, kernel, _pair(module.stride), _pair(module.padding), strict=True)
     return _both(sliding(*term) for term in terms)
 
 
@@ -148,6 +155,21 @@ def _bit(stem: BitStem, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
     for kernel in (7, *(3,) * (stem.stride.bit_length() - 2)):
         found.append(_both(covering(side, kernel, 2) for side in size))
         size = (found[-1][0].after, found[-1][1].after)
+    return found
+
+
+def _stem(stem: Stem, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
+    """A residual network's: its convolutions, then the pooling of 3 that it calls as a function."""
+    found: list[tuple[Reach, Reach]] = []
+    for layer in stem.layers:
+        found += reaches(layer, size)
+        size = (found[-1][0].after, found[-1][1].after)
+    if stem.pool != "none":
+        padding = int(stem.pool == "pad")
+        up = int(stem.pool == "ceil")  # takes what remains at the end: a cell more where something does
+        found.append(
+            _both(Reach(3, 2, padding, (side + 2 * padding - 3 + up) // 2 + 1) for side in size)
+        )
     return found
 
 
@@ -204,6 +226,8 @@ def keys_of(mixer: nn.Module, count: int, grid: Grid, prefix: int) -> Keys | Non
     if isinstance(reduction, int) and (grid.rows // reduction) * (grid.columns // reduction) == count:
         rows, columns = (sliding(size, reduction, reduction).matrix(size) for size in grid)
         return Keys(0, rows, columns)
+    if getattr(mixer, "subsample", "none") != "none" and (grid.rows // 2) * (grid.columns // 2) == count:
+        return Keys(0, *(sliding(size, 2, 2).matrix(size) for size in grid))
     side = round(count**0.5)
     if reduction == "pool" and side * side == count:
         return Keys(0, pooled(grid.rows, side), pooled(grid.columns, side))

@@ -175,18 +175,19 @@ def attention(
         row[: look.prefix] = reading(network, token)(look.prefix, look.grid.size)[: look.prefix].to(row)
     if row.sum() == 0:
         row[look.prefix :] = 1 / look.grid.size
-    whose = "mean over all queries" if row[: look.prefix].sum() == 0 else f"{token or 'class'} token"
+    whose = "mean over all queries" if row[: look.prefix].sum() == 0 else f"{token or 'read'} token"
     row = row.expand(images.shape[0], 1, -1)
     start = Rows(
         prefix=row[:, :, : look.prefix], cells=row[:, :, look.prefix :].unflatten(2, tuple(look.grid))
     )
     cells = looked_at(start, look, weights).cells[:, 0]
+    summing = bool(torch.allclose(weights.sum(dim=2), torch.ones(()).to(weights), atol=1e-3))  # not in all non-locals
     return Heat(
         values=cells.float().cpu(),
         placement=look.placement,
         units="share of attention",
         where=f"{look.block}, {'mean over heads' if head is None else f'head {head}'}, {whose}",
-        elsewhere=(1 - cells.sum(dim=(1, 2))).float().cpu(),
+        elsewhere=(1 - cells.sum(dim=(1, 2))).float().cpu() if summing else None,
     )
 
 

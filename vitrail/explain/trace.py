@@ -147,7 +147,8 @@ def trace(
     Raises:
         UnsupportedError: the network has no stages to tell a story of.
     """
-    if not stages_of(network):
+    head: Any = getattr(network, "head", None)
+    if not stages_of(network) or not hasattr(head, "pool"):
         raise UnsupportedError(
             f"{_model_name(network)} is not made of stages with blocks: it cannot be traced."
         )
@@ -156,7 +157,6 @@ def trace(
     def heard(_name: str, module: Any, arguments: tuple[Any, ...], _output: Any) -> None:
         pooled.append(module.pool(*arguments))
 
-    head: Any = network.get_submodule("head")
     device = next(network.parameters()).device
     with torch.no_grad(), evaluation(network), capture(network) as recording, listen({"head": head}, heard):
         logits: Tensor = network(normalise(pixels[None].to(device), preprocessing))
@@ -288,12 +288,15 @@ def _block_step(record: BlockRecord, where: str) -> Step:
 
 
 def _mixer_words(record: BlockRecord) -> str:
-    """The mixer's class in words, its heads, and what follows it."""
-    if record.mixer is None:
+    """The mixers' class in words, their heads, and what follows them."""
+    if not record.mixers:
         return ""
-    name = _words(record.mixer)
-    heads = getattr(record.mixer, "heads", None)
-    return f"{name}, {heads} head{'' if heads == 1 else 's'}, then MLP" if heads else f"{name}, then MLP"
+    mixer = record.mixers[0].module
+    name = _words(mixer)
+    heads = getattr(mixer, "heads", None)
+    name += f", {heads} head{'' if heads == 1 else 's'}" if heads else ""
+    count = len(record.mixers)
+    return f"{name}, then MLP" if count == 1 else f"{count} side by side: {name}; then {count} MLPs"
 
 
 def _words(module: nn.Module) -> str:
