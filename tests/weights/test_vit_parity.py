@@ -35,9 +35,14 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def difference(ours: nn.Module, theirs: Callable[[Tensor], Tensor], size: tuple[int, int]) -> float:
+def difference(
+    ours: nn.Module,
+    theirs: Callable[[Tensor], Tensor],
+    size: tuple[int, int],
+    dtype: torch.dtype = torch.float32,
+) -> float:
     """Largest difference of the logits of two pictures, relative to the largest logit."""
-    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2))
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2)).to(dtype)
     with torch.inference_mode():
         want, got = theirs(images), ours.eval()(images)
     assert want.std() > 1e-3
@@ -62,10 +67,12 @@ def saved(model: nn.Module, path: Path) -> Path:
     ],
 )
 def test_logits_equal_timms(name: str, size: tuple[int, int], tmp_path: Path) -> None:
-    theirs = timm_model(name)
+    theirs = timm_model(name, num_classes=1000)
     ours = create_model(name, saved(theirs, tmp_path / "timm.pth"))
     assert ours.receipt.layout == "timm" and not ours.receipt.made and not ours.receipt.dropped
-    assert difference(ours, theirs, size) < 1e-5
+    assert difference(ours, theirs, size) < 1e-5 or "_r" in name
+    if "_r" in name:  # deep random residual networks lose digits; in double precision they are equal
+        assert difference(ours.double(), theirs.double(), size, torch.float64) < 1e-9
 
 
 @pytest.mark.parametrize(
@@ -175,7 +182,8 @@ def test_timms_own_reader_agrees_with_our_npz(
         name, num_classes=9, **changes, **({"no_embed_class": True} if layout != "google" else {})
     )
     peer.load_pretrained(str(tmp_path / "vit.npz"))
-    assert difference(ours, peer, (64, 64)) < 1e-5
+    assert difference(ours.double(), peer.double(), (64, 64), torch.float64) < 1e-9
+    ours = ours.float()
     loaded = create_model(name, tmp_path / "vit.npz", **changes)
     assert loaded.receipt.layout == layout
     for mine, theirs in zip(loaded.parameters(), ours.parameters(), strict=True):

@@ -38,6 +38,7 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
     tensors, card, sha256 = read(path, averaged=getattr(module, "AVERAGED", False))
     if card is not None and card.architecture and card.config:
         _check_family(model, module, card, path)
+        _check_meaning(model, module, card, path)
     state, receipt = adapter.read(
         tensors,
         module.RENAMES,
@@ -121,10 +122,13 @@ def save_model(model: Model, path: str | Path) -> None:
 def _home(module: ModuleType, model: Model) -> adapter.Layout:
     """The first layout that names every tensor of a model (timm lacks some variants of a family that it has)."""
     known = context(module, model.config)
-    for layout in module.RENAMES:
-        if all(any(rules.matches(layout, name, known)) for name in model.state_dict()):
-            return layout  # type: ignore[no-any-return]
-    return module.RENAMES[0]  # type: ignore[no-any-return]
+    names = list(model.state_dict())
+    able = [
+        layout for layout in module.RENAMES if all(any(rules.matches(layout, name, known)) for name in names)
+    ]
+    meant = [layout for layout in able if rules.holds(layout.requires, known)]
+    first: adapter.Layout = (*meant, *able, module.RENAMES[0])[0]
+    return first
 
 
 def read(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], Card | None, str]:
@@ -170,8 +174,10 @@ def classes_in(module: ModuleType, config: Any, path: str | Path) -> int | None:
 
 
 def candidates(skip: str = "") -> Iterator[adapter.Candidate]:
-    """Every variant of every family as shapes, to say what a file that does not fit looks like."""
-    for name in registry.list_models():
+    """Every variant of every family as shapes, to say what a file that does not fit looks like; the variants of
+    the family of `skip` come first, without itself."""
+    home = registry.family_of(skip) if skip else None
+    for name in sorted(registry.list_models(), key=lambda name: registry.family_of(name) is not home):
         if name == skip:
             continue
         module, config = registry.family_of(name), registry.variant(name)
@@ -195,6 +201,17 @@ def _check_family(model: Model, module: ModuleType, card: Card, path: str | Path
             f"{path} holds a {card.architecture}, and the model asked for is a {model.name}: take"
             f" --model {card.architecture}, or weights of a {registry.family_name(module)}."
         )
+
+
+def _check_meaning(model: Model, module: ModuleType, card: Card, path: str | Path) -> None:
+    """Refuse weights of a network that computes something else with the same tensors."""
+    ours = to_dict(model.config)
+    for field in getattr(module, "MEANING", ()):
+        if field in card.config and card.config[field] != ours[field]:
+            raise WeightsError(
+                f"{path} was made with {field}={card.config[field]!r} and the model has {field}={ours[field]!r}: the"
+                f" tensors are alike, and what they compute is not. Build the model with the file's {field}."
+            )
 
 
 def _adopt(ours: Card, theirs: Card, keep_labels: bool) -> Card:

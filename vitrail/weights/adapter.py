@@ -7,7 +7,7 @@ WeightsError says what does not fit. Writing is the same rules the other way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -141,7 +141,7 @@ def read(
     reading = Reading(state, names, chosen, expected, context or {}, replace_head, adapt)
     reading.run(found)
     if reading.problems:
-        shown = "; ".join(reading.problems[:SHOWN])
+        shown = "; ".join(problem() for problem in reading.problems[:SHOWN])
         more = len(reading.problems) - SHOWN
         raise WeightsError(
             f"{where} (layout {chosen.name}) does not fit the model: {shown}"
@@ -196,8 +196,22 @@ def write(state: Mapping[str, Tensor], layout: Layout, context: Context | None =
 
 def ranked(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> list[Likeness]:
     """How well a file fits each candidate, best first; candidates whose layouts it does not know are left out."""
+    return sorted(_likenesses(state, candidates), key=lambda like: (-like.share, -like.exact))
+
+
+def nearest(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Likeness | None:
+    """The candidate that a file fits best (the first that it fits to the last tensor), or None."""
+    best: Likeness | None = None
+    for like in _likenesses(state, candidates):
+        if best is None or like[2:] > best[2:]:
+            best = like
+        if like.share == like.exact == 1:
+            break
+    return best
+
+
+def _likenesses(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Iterator[Likeness]:
     empty = {key: torch.empty(tensor.shape, device="meta") for key, tensor in state.items()}
-    likes: list[Likeness] = []
     for candidate in candidates:
         if not any(signed(layout, empty) for layout in candidate.layouts):
             continue
@@ -210,13 +224,7 @@ def ranked(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> list
         reading.run(found)
         share = 1 - len(reading.problems) / max(len(expected), len(reading.problems), 1)
         exact = sum(tuple(tensor.shape) == expected[name] for name, tensor in reading.result.items())
-        likes.append(Likeness(candidate.name, layout.name, share, exact / max(len(expected), 1)))
-    return sorted(likes, key=lambda like: (-like.share, -like.exact))
-
-
-def nearest(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Likeness | None:
-    """The candidate that a file fits best, or None where no layout is known."""
-    return next(iter(ranked(state, candidates)), None)
+        yield Likeness(candidate.name, layout.name, share, exact / max(len(expected), 1))
 
 
 def by_name(layouts: Sequence[Layout], name: str) -> Layout:

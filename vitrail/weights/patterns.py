@@ -10,6 +10,7 @@ from vitrail.errors import WeightsError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SUM = re.compile(r"(?:(\d+)\*)?([a-z])(?:([+-])(\d+))?")
+_NUMBER = re.compile(r"\{[a-z]\}|\d+")
 _SLICE = re.compile(r"(.*)\[(\d+)\]")
 
 Numbers = Mapping[str, int]
@@ -57,6 +58,11 @@ def match(pattern: str, name: str) -> dict[str, int] | None:
     """The numbers for which the pattern is the name, or None."""
     found = compiled(pattern).fullmatch(name)
     return None if found is None else {key: int(value) for key, value in found.groupdict().items()}
+
+
+def skeleton(name: str) -> str:
+    """A name or pattern with every number, known or not, left out: what only names that match can share."""
+    return _NUMBER.sub("#", name)
 
 
 def filled(pattern: str, numbers: Numbers) -> str:

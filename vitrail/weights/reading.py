@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,8 @@ def recognise(
         raise WeightsError(
             f"the file can be read as {' or '.join(equals)}, which differ in meaning: say which (layout=...)."
         )
+    if name is None and not holds(best[1].requires, context):
+        raise WeightsError(f"the file's layout {best[1].name!r} {best[1].meaning}.")
     return best[1:]
 
 
@@ -93,7 +96,8 @@ class Reading:
         self.made: list[Made] = []
         self.dropped: list[tuple[str, str]] = []
         self.fresh: list[str] = []
-        self.problems: list[str] = []
+        self.problems: list[Callable[[], str]] = []
+        """Each is told when it is asked for: finding near matches takes time."""
 
     def run(self, found: Mapping[str, Source]) -> None:
         """Take every expected tensor, then account for every key that is left."""
@@ -138,7 +142,7 @@ class Reading:
             tensor = self._tensor(source, shape)
         except (RuntimeError, IndexError, ValueError) as error:
             told = " + ".join(self._told(key) for key in source.keys if key)
-            self.problems.append(f"{name} {shape} cannot be made of {told} ({_first_line(error)})")
+            self._problem(f"{name} {shape} cannot be made of {told} ({_first_line(error)})")
             return
         self.used.update(base(key) for key in source.keys if key)
         self._fit(name, shape, source, tensor)
@@ -173,14 +177,14 @@ class Reading:
             try:
                 tensor, story = FITS[fit](tensor, shape, self.context)
             except (WeightsError, RuntimeError) as error:
-                self.problems.append(f"{told} {have} {_first_line(error)}")
+                self._problem(f"{told} {have} {_first_line(error)}")
                 return
             if tuple(tensor.shape) == shape:
                 self.result[name] = tensor
                 self.made.append(Made(name, story))
                 return
         cure = " (pass num_classes for a new head)" if fit == "classes" else ""
-        self.problems.append(f"{told} is {have} in the file, the model's {name} is {shape}{cure}")
+        self._problem(f"{told} is {have} in the file, the model's {name} is {shape}{cure}")
 
     def _moved(self) -> bool:
         """Whether the file's grid is known to be another one, though it may have as many cells."""
@@ -200,7 +204,7 @@ class Reading:
     def _absent(self, name: str, shape: tuple[int, ...]) -> None:
         rule = self._rule(name)
         if rule is None:
-            self.problems.append(f"the layout {self.layout.name} has nothing for {name} {shape}")
+            self._problem(f"the layout {self.layout.name} has nothing for {name} {shape}")
         elif rule.default in ("zeros", "ones"):
             self.result[name] = torch.zeros(shape) if rule.default == "zeros" else torch.ones(shape)
             self.made.append(Made(name, f"{rule.default}, the file has none"))
@@ -208,7 +212,7 @@ class Reading:
             self.fresh.append(name)
             self.made.append(Made(name, "stays as initialised, the file has none"))
         else:
-            self.problems.append(f"{name} {shape} is missing{self._near(name)}")
+            self.problems.append(lambda: f"{name} {shape} is missing{self._near(name)}")
 
     def _near(self, name: str) -> str:
         """What the file should have held, and the key that comes nearest to it."""
@@ -233,9 +237,15 @@ class Reading:
             if reasons:
                 self.dropped.append((original, reasons[0]))
                 continue
-            near = difflib.get_close_matches(key, sorted(self.used), n=1, cutoff=0.8)
-            like = f" (like {self._told(near[0])}, which has one)" if near else ""
-            self.problems.append(f"{self._told(key)} has no place in the model{like}")
+            self.problems.append(functools.partial(self._without_place, key))
+
+    def _without_place(self, key: str) -> str:
+        near = difflib.get_close_matches(key, sorted(self.used), n=1, cutoff=0.8)
+        like = f" (like {self._told(near[0])}, which has one)" if near else ""
+        return f"{self._told(key)} has no place in the model{like}"
+
+    def _problem(self, text: str) -> None:
+        self.problems.append(lambda: text)
 
     def _rule(self, name: str) -> Rule | None:
         match = next(matches(self.layout, name, self.context), None)

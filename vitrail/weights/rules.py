@@ -83,8 +83,24 @@ class Layout:
     prefixes: tuple[str, ...] = ()
     """Beginnings that a file's keys may have or lack (`vit.`, `backbone.`); WRAPPERS always count."""
 
+    requires: str = ""
+    """Flags (as in Rule) of the networks that files of this layout are meant for, where the tensors do not tell:
+    a file that is recognised as this layout is refused for others."""
+
+    meaning: str = ""
+    """What `requires` stands for and the cure, as the end of a sentence: "is Caffe's: take legacy_seresnet50"."""
+
     describe: Callable[[str, Any], dict[str, Any]] | None = None
     """That library's own `config.json` keys for a variant's name and Config, where it has such a file."""
+
+    @functools.cached_property
+    def index(self) -> dict[str, list[tuple[Rule, int]]]:
+        """Rules, and the place among their tensors of ours, by the name of ours with its numbers left out."""
+        index: dict[str, list[tuple[Rule, int]]] = {}
+        for rule in _written_out(self):
+            for place, pattern in enumerate(several(rule.ours)):
+                index.setdefault(patterns.skeleton(pattern), []).append((rule, place))
+        return index
 
 
 class Match(NamedTuple):
@@ -111,11 +127,10 @@ class Match(NamedTuple):
 
 def matches(layout: Layout, name: str, context: Context) -> Iterator[Match]:
     """The rules of a layout that make a tensor of ours, in order."""
-    for rule in _single(layout):
-        for place, pattern in enumerate(several(rule.ours)):
-            numbers = patterns.match(pattern, name)
-            if numbers is not None and holds(rule.when, context):
-                yield Match(rule, numbers, place)
+    for rule, place in layout.index.get(patterns.skeleton(name), ()):
+        numbers = patterns.match(several(rule.ours)[place], name)
+        if numbers is not None and holds(rule.when, context):
+            yield Match(rule, numbers, place)
 
 
 def holds(when: str, context: Context) -> bool:
@@ -143,28 +158,22 @@ def several(names: str | tuple[str, ...]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else names
 
 
-@functools.lru_cache(maxsize=256)
-def _single(layout: Layout) -> tuple[Rule, ...]:
+def _written_out(layout: Layout) -> Iterator[Rule]:
     """The layout's rules with every `{a|b}` written out, and checked."""
-    rules: list[Rule] = []
     for rule in layout.rules:
         names = (*several(rule.theirs), *several(rule.ours))
-        count = max(patterns.count_alternatives(name) for name in names)
         hows = rule.how.split("|")
-        for place in range(count):
+        for place in range(max(patterns.count_alternatives(name) for name in names)):
             how = hows[place] if len(hows) > 1 else hows[0]
-            rules.append(
-                dataclasses.replace(
-                    rule, how=how, theirs=_worded(rule.theirs, place), ours=_worded(rule.ours, place)
+            single = dataclasses.replace(
+                rule, how=how, theirs=_worded(rule.theirs, place), ours=_worded(rule.ours, place)
+            )
+            fits = single.fit in {"", "classes", *FITS}
+            if how not in TRANSFORMS or not fits or single.default not in DEFAULTS:
+                raise WeightsError(
+                    f"Layout {layout.name!r}: unknown how, fit or default in the rule for {rule.ours}."
                 )
-            )
-    for rule in rules:
-        fits = rule.fit in {"", "classes", *FITS}
-        if rule.how not in TRANSFORMS or not fits or rule.default not in DEFAULTS:
-            raise WeightsError(
-                f"Layout {layout.name!r}: unknown how, fit or default in the rule for {rule.ours}."
-            )
-    return tuple(rules)
+            yield single
 
 
 def _worded(names: str | tuple[str, ...], place: int) -> str | tuple[str, ...]:

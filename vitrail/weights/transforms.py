@@ -102,6 +102,8 @@ TRANSFORMS: dict[str, Transform] = {
     ),
     # how MMPretrain and Swin lay out the 4 C numbers of four merged tokens
     "unfolded": Transform(lambda x, c: _neighbours_last(x), lambda x, c: _channels_first(x)),
+    # (out, in, 1, h, w) <-> (out, in, h, w): a video network's convolution over one frame
+    "one_frame": Transform(lambda x, c: x.squeeze(2), lambda x, c: x.unsqueeze(2)),
     # torchvision's Swin v2 stores a bias of keys that it takes as zero
     "without_keys": Transform(_without_keys, _with_zero_keys),
 }
