@@ -179,7 +179,9 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:
     """One picture as a list of one; a batch in one array as its rows."""
-    if isinstance(images, str | os.PathLike | bytes) or type(images).__module__.startswith("PIL."):
+    if isinstance(images, str | os.PathLike | bytes | bytearray) or type(images).__module__.startswith(
+        "PIL."
+    ):
         return [images]  # type: ignore[list-item]
     if getattr(images, "ndim", 4) < 4:
         return [images]  # type: ignore[list-item]
