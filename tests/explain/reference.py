@@ -65,7 +65,9 @@ def reduced(mixer: Any, tokens: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
                 for column in range(side):
                     cell = (key // columns * side + row) * grid.columns + key % columns * side + column
                     made_of[key, cell] = 1 / side**2
-    return softmax(heads(mixer.q(tokens), mixer), heads(mixer.kv(keys).chunk(2, dim=2)[0], mixer), mixer), made_of
+    return softmax(
+        heads(mixer.q(tokens), mixer), heads(mixer.kv(keys).chunk(2, dim=2)[0], mixer), mixer
+    ), made_of
 
 
 def windowed(mixer: Any, tokens: Tensor, grid: Any) -> tuple[Tensor, Tensor]:
@@ -120,7 +122,9 @@ def layers(network: nn.Module, images: Tensor, target: int | None = None) -> lis
     handles = []
     for stage in network.modules():
         if isinstance(stage, Stage):
-            handles.append(stage.entry.register_forward_hook(lambda m, a, o: steps.append(("move", (m, a, o)))))
+            handles.append(
+                stage.entry.register_forward_hook(lambda m, a, o: steps.append(("move", (m, a, o))))
+            )
             for block in stage.blocks:
                 for mixer in [part for part in block.modules() if hasattr(part, "mix")]:
                     handles.append(mixer.register_forward_hook(_explicit(steps)))

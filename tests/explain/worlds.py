@@ -15,7 +15,9 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Images, soft targets, and where the evidence lies."""
 
 
-def train(network: Model, draw: Callable[[int, torch.Generator], Batch], steps: int, rate: float = 2e-3) -> Model:
+def train(
+    network: Model, draw: Callable[[int, torch.Generator], Batch], steps: int, rate: float = 2e-3
+) -> Model:
     """Train on fresh batches; the evidence's place is not shown."""
     generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.01)
@@ -77,7 +79,9 @@ class Mosaic:
 
         digits = load_digits()
         images = torch.tensor(digits.images[part]).float()[:, None] / 8 - 1  # [n, 1, 8, 8], -1..1
-        images = F.interpolate(images, size=(self.TILE, self.TILE), mode="bilinear", align_corners=False)[:, 0]
+        images = F.interpolate(images, size=(self.TILE, self.TILE), mode="bilinear", align_corners=False)[
+            :, 0
+        ]
         labels = torch.tensor(digits.target[part])
         self.groups = [images[labels == label] for label in self.CLASSES]
 
@@ -92,7 +96,9 @@ class Mosaic:
             for kind in torch.nonzero(present[number])[:, 0].tolist():
                 group, (row, column) = self.groups[kind], divmod(int(order[number, kind]), 2)
                 digit = group[int(torch.randint(len(group), (1,), generator=generator))]
-                images[number, 0, row * self.TILE :, column * self.TILE :][: self.TILE, : self.TILE] += digit + 1
+                images[number, 0, row * self.TILE :, column * self.TILE :][: self.TILE, : self.TILE] += (
+                    digit + 1
+                )
         targets = present.float() / present.sum(dim=1, keepdim=True)
         return images.expand(-1, 3, -1, -1).contiguous(), targets, torch.where(present, order, -1)
 

@@ -37,6 +37,8 @@ COMMANDS = (
     Command("evaluate", "EvaluateRun", ("model", "data"), "score a model on labelled images"),
     Command("predict", "PredictRun", ("model", "images"), "say what is in images"),
     Command("trace", "TraceRun", ("model", "image"), "show how one image becomes a prediction, step by step"),
+    Command("explain", "ExplainRun", ("model", "images"), "show where a model looks, and how far to trust that"),
+    Command("inspect", "InspectRun", ("model", "images"), "draw the figures of the papers for your own model"),
     Command("models", "ModelsRun", ("pattern",), "list the networks: parameters, GFLOPs, input size"),
     Command("info", "InfoRun", ("model",), "show the card of a network, model folder or weight file"),
     Command("convert", "ConvertRun", ("source", "target"), "bring weights from one layout into another"),

@@ -6,6 +6,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from vitrail.cli import show
+from vitrail.cli.explaining import explain as explain
+from vitrail.cli.explaining import inspect as inspect
 
 if TYPE_CHECKING:
     from vitrail.jobs.bench import Benchmark

@@ -180,7 +180,9 @@ def _look(
     name: str, block: str, found: Pass, mixer: nn.Module, arguments: tuple[Any, ...], weights: Tensor
 ) -> Look:
     given = arguments[0]
-    grid = Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]  # a map (non-local), or tokens with their grid
+    grid = (
+        Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]
+    )  # a map (non-local), or tokens with their grid
     prefix = 0 if given.ndim == 4 else given.shape[1] - grid.size
     keys = keys_of(mixer, weights.shape[3], grid, prefix)
     if keys is None:
@@ -213,7 +215,9 @@ def last_map(network: nn.Module, images: Tensor) -> str:
     with evaluation(network), torch.no_grad(), listen(parts, heard):
         network(images[:1])
     if not names:
-        raise UnsupportedError("No part of this network gives a map over the image: Grad-CAM has nothing to weigh.")
+        raise UnsupportedError(
+            "No part of this network gives a map over the image: Grad-CAM has nothing to weigh."
+        )
     return names[-1]
 
 

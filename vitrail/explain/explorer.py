@@ -89,7 +89,13 @@ def _scores(explanations: Sequence[Explanation]) -> str:
     for found in explanations:
         for fill, score in found.faithfulness.items():
             controls = found.controls[fill]
-            cells = [found.method, fill, f"{score.deletion:.3f}", f"{score.insertion:.3f}", f"{score.gap:+.3f}"]
+            cells = [
+                found.method,
+                fill,
+                f"{score.deletion:.3f}",
+                f"{score.insertion:.3f}",
+                f"{score.gap:+.3f}",
+            ]
             cells += [f"{controls[name].gap:+.3f}" for name in ("random", "centre")]
             rows.append("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
     return "\n".join(rows)

@@ -167,9 +167,7 @@ def _stem(stem: Stem, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
     if stem.pool != "none":
         padding = int(stem.pool == "pad")
         up = int(stem.pool == "ceil")  # takes what remains at the end: a cell more where something does
-        found.append(
-            _both(Reach(3, 2, padding, (side + 2 * padding - 3 + up) // 2 + 1) for side in size)
-        )
+        found.append(_both(Reach(3, 2, padding, (side + 2 * padding - 3 + up) // 2 + 1) for side in size))
     return found
 
 

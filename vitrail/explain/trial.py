@@ -44,7 +44,9 @@ class Trial:
     @property
     def agreed(self) -> bool:
         """Whether both fills put the methods in the same order."""
-        orders = {tuple(row.method for row in rows if row.method not in CONTROLS) for rows in self.tables.values()}
+        orders = {
+            tuple(row.method for row in rows if row.method not in CONTROLS) for rows in self.tables.values()
+        }
         return len(orders) == 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +100,10 @@ def trial(
         with held_still(network), torch.no_grad():
             target = int(network(images)[0].argmax())
         size = (images.shape[2], images.shape[3])
-        maps = [heat_of(network, images, [target], method, options).regions(size, regions)[0] for method in methods]
+        maps = [
+            heat_of(network, images, [target], method, options).regions(size, regions)[0]
+            for method in methods
+        ]
         maps += [random_map(regions, seed + done), centre_map(regions)]
         for fill in FILLS:
             scores = score_maps(network, images[0], target, torch.stack(maps), fill=fill, steps=STEPS)

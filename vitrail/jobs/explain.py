@@ -93,10 +93,14 @@ def score(run: ExplainRun, watch: Callable[[int, int], None] | None = None) -> S
 
 def _opened(run: ExplainRun) -> tuple[Explainer, Options, str]:
     if run.samples < 0 or run.steps < 1:
-        raise ConfigError(f"samples must be 0 or more and steps at least 1; got {run.samples} and {run.steps}.")
+        raise ConfigError(
+            f"samples must be 0 or more and steps at least 1; got {run.samples} and {run.steps}."
+        )
     network, note = open_network(run.model)
     explainer = Explainer(network, device=run.device)
-    options = Options(layer=run.layer, head=run.head, token=run.token, steps=run.steps, grid=explainer.regions)
+    options = Options(
+        layer=run.layer, head=run.head, token=run.token, steps=run.steps, grid=explainer.regions
+    )
     return explainer, options, note
 
 
@@ -129,7 +133,9 @@ def _explained(
             files += _write(folder / f"{one.method}.png", png(one.overlay()))
             files += _write(folder / f"{one.method}.npy", _npy(one.values))
         record = {"note": note, "explanations": [one.to_dict() for one in found]}
-        files += _write(folder / "explanation.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
+        files += _write(
+            folder / "explanation.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
+        )
         if run.page and mixers_of(explainer.network):
             files += _write(folder / "explain.html", explorer(explainer, found, note).encode())
         yield Explained(explanations=tuple(found), files=tuple(files))
@@ -157,7 +163,10 @@ def _tried(
     _announce(explainer, cost(explainer, methods, count, options), "the trial")
     found = trial(
         explainer,
-        (explainer.preprocess(decode(source.read(int(number)), name=source.name(int(number)))) for number in numbers),
+        (
+            explainer.preprocess(decode(source.read(int(number)), name=source.name(int(number))))
+            for number in numbers
+        ),
         methods,
         options=options,
         seed=run.seed,
@@ -187,14 +196,17 @@ def _announce(explainer: Explainer, count: float, what: str) -> None:
     """Say before it starts what it costs, from the time of one small batch."""
     wanted = explainer.engine.card.preprocessing
     images = normalise(
-        torch.zeros(8, wanted.in_chans, *wanted.input_size, dtype=torch.uint8, device=explainer.device), wanted
+        torch.zeros(8, wanted.in_chans, *wanted.input_size, dtype=torch.uint8, device=explainer.device),
+        wanted,
     )
     with held_still(explainer.network), torch.no_grad():
         explainer.network(images)
         begun = time.perf_counter()
         _wait(explainer.network(images))
         seconds = (time.perf_counter() - begun) / len(images)
-    logger.info("%s costs about %s forward passes, about %s.", what, f"{count:,.0f}", _duration(count * seconds))
+    logger.info(
+        "%s costs about %s forward passes, about %s.", what, f"{count:,.0f}", _duration(count * seconds)
+    )
 
 
 def _wait(output: Tensor) -> None:
