@@ -11,7 +11,15 @@ from rebuild import apart
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vitrail.jobs.models import Cost, cost
 from vitrail.models.registry import create_model
+
+
+def counted(name: str) -> Cost:
+    """Parameters and multiply-adds of a variant at its own image size, counted without memory."""
+    with torch.device("meta"):
+        model = create_model(name)
+    return cost(model, model.config.img_size, model.config.in_chans)
 
 
 def shaken(network: nn.Module) -> nn.Module:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from parity import difference, shaken
+from parity import counted, difference, shaken
 from rebuild import agree, apart, built
 
 from vitrail.errors import ModelError
-from vitrail.jobs.models import row
 from vitrail.models import loading, pit, registry
 from vitrail.models.registry import create_model
 from vitrail.nn.shapes import ClassOutput
@@ -40,9 +39,9 @@ QUICK = ("pit_ti_224", "pit_s_distilled_224")
 )
 def test_has_the_published_size_and_cost(name: str) -> None:
     parameters, cost = PUBLISHED[name]
-    counted = row(name)
-    assert counted.parameters == parameters
-    assert counted.gflops == pytest.approx(cost, rel=0.01)
+    found = counted(name)
+    assert found.parameters == parameters
+    assert found.gflops == pytest.approx(cost, rel=0.01)
 
 
 @pytest.mark.parametrize(

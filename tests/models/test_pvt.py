@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from parity import difference, shaken
+from parity import counted, difference, shaken
 from rebuild import agree, apart, built
 
 from vitrail.errors import ModelError, WeightsError
-from vitrail.jobs.models import row
 from vitrail.models import loading, pvt, registry
 from vitrail.models.registry import create_model
 from vitrail.weights import adapter
@@ -43,9 +42,9 @@ QUICK = ("pvt_tiny", "pvt_v2_b0", "pvt_v2_b2_li")
 )
 def test_has_the_published_size_and_cost(name: str) -> None:
     parameters, cost = PUBLISHED[name]
-    counted = row(name)
-    assert counted.parameters == parameters
-    assert counted.gflops == pytest.approx(cost, rel=0.01)
+    found = counted(name)
+    assert found.parameters == parameters
+    assert found.gflops == pytest.approx(cost, rel=0.01)
 
 
 @pytest.mark.parametrize(

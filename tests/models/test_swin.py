@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from parity import difference, shaken
+from parity import counted, difference, shaken
 from rebuild import agree, apart, built
 
 from vitrail.errors import ModelError, WeightsError
-from vitrail.jobs.models import row
 from vitrail.models import loading, registry, swin
 from vitrail.models.registry import create_model
 from vitrail.weights import adapter
@@ -58,9 +57,9 @@ def bias_networks(config: swin.Config) -> int:
 )
 def test_has_the_published_size_and_cost(name: str) -> None:
     parameters, cost = PUBLISHED[name]
-    counted = row(name)
-    assert counted.parameters == parameters
-    assert counted.gflops - bias_networks(registry.variant(name)) / 1e9 == pytest.approx(cost, rel=0.01)
+    found = counted(name)
+    assert found.parameters == parameters
+    assert found.gflops - bias_networks(registry.variant(name)) / 1e9 == pytest.approx(cost, rel=0.01)
 
 
 @pytest.mark.parametrize(

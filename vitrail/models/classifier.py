@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,13 +15,28 @@ from torch import Tensor, nn
 from vitrail.models.model import Model
 from vitrail.nn.heads import ClassHead, DistilledHead
 from vitrail.nn.shapes import ClassOutput, Features, Grid, Level
-from vitrail.nn.trunk import Stage, Trunk
+from vitrail.nn.trunk import Stage
+
+
+class Backbone(Protocol):
+    """What a classifier holds: a Trunk of transformer stages, or a residual network."""
+
+    levels: tuple[Level, ...]
+    """Channels and stride of each map that a call answers."""
+    stages: nn.ModuleList
+    """Each with its `blocks` and the switch `recompute`."""
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, Grid]:
+        """The last stage's tokens and their grid."""
+
+    def __call__(self, images: Tensor) -> Features:
+        """Maps from fine to coarse, and the prefix tokens."""
 
 
 class Classifier(Model):
     """Images `[B, C, I, J]`, normalised as `card.preprocessing` says, to class logits `[B, K]`."""
 
-    def __init__(self, backbone: Trunk, head: ClassHead | DistilledHead) -> None:
+    def __init__(self, backbone: Backbone, head: ClassHead | DistilledHead) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head

@@ -90,14 +90,18 @@ def load_folder(path: str | Path) -> Model:
 
 
 def _unfilled(name: str, config: Any) -> Model:
-    """The network without the cost of initial weights, unless some of its tensors are computed, not stored."""
+    """The network on the meta device, unless some of its tensors are computed, not stored: those are kept.
+
+    Nothing is made empty on the CPU first: every stored tensor is put in by assignment, and torch's way of making
+    an empty one from meta imports sympy, half a second of every start.
+    """
     with torch.device("meta"):
         model = registry.from_config(name, config)
     computed = {buffer for buffer, _ in model.named_buffers()} - set(model.state_dict())
     if computed:
         with torch.random.fork_rng(devices=[]):
             return registry.from_config(name, config)
-    return model.to_empty(device="cpu")
+    return model
 
 
 def save_model(model: Model, path: str | Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vitrail.errors import ModelError
+from vitrail.models.checks import check_config, check_stages
 from vitrail.models.classifier import Classifier
 from vitrail.models.pit_layouts import RENAMES as RENAMES
 from vitrail.models.pit_layouts import context as context
@@ -77,21 +78,8 @@ class Config:
 
 def _check(config: Config) -> None:
     """Refuse combinations that mean nothing, saying what is legal."""
-    stages = len(config.depths)
-    for name in ("depths", "heads"):
-        values = getattr(config, name)
-        if len(values) != stages or not values or min(values) < 1:
-            raise ModelError(
-                f"{name} must hold a number of at least 1 for each of {stages} stages; got {values}."
-            )
-    for name in ("in_chans", "patch_size", "stride", "head_width", "mlp_ratio"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    if config.num_classes < 0:
-        raise ModelError(f"num_classes must be 0 or more; got {config.num_classes}.")
-    for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ModelError(f"{name} must lie in [0, 1); got {getattr(config, name)}.")
+    check_config(config, ("stride", "head_width", "mlp_ratio"))
+    check_stages(config, len(config.depths), {"depths": 1, "heads": 1})
     for before, after in zip(config.heads, config.heads[1:], strict=False):
         if after % before:
             raise ModelError(

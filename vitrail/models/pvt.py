@@ -21,6 +21,7 @@ from typing import Literal
 from torch import nn
 
 from vitrail.errors import ModelError
+from vitrail.models.checks import check_config, check_heads, check_stages
 from vitrail.models.classifier import Classifier
 from vitrail.models.pvt_layouts import RENAMES as RENAMES
 from vitrail.models.pvt_layouts import context as context
@@ -80,25 +81,9 @@ class Config:
 def _check(config: Config) -> None:
     """Refuse combinations that mean nothing, saying what is legal."""
     stages = len(config.widths)
-    for name in ("depths", "heads", "mlp_ratios", "reductions", "widths"):
-        values = getattr(config, name)
-        if len(values) != stages or not values or min(values) < 1:
-            raise ModelError(
-                f"{name} must hold a number of at least 1 for each of {stages} stages; got {values}."
-            )
-    for name in ("in_chans", "patch_size"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    if config.num_classes < 0:
-        raise ModelError(f"num_classes must be 0 or more; got {config.num_classes}.")
-    for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ModelError(f"{name} must lie in [0, 1); got {getattr(config, name)}.")
-    for width, heads in zip(config.widths, config.heads, strict=True):
-        if width % heads:
-            raise ModelError(
-                f"A stage's width must be a multiple of its heads; got width {width}, {heads} heads."
-            )
+    check_config(config, ())
+    check_stages(config, stages, dict.fromkeys(("widths", "depths", "heads", "mlp_ratios", "reductions"), 1))
+    check_heads(config.widths, config.heads)
     if config.version == 1 and config.linear:
         raise ModelError("linear=True belongs to version=2; PVT v1 has no such attention.")
     if config.version == 1 and config.reductions[-1] != 1:

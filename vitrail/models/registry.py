@@ -30,6 +30,9 @@ FAMILIES: dict[str, str] = {
     "pvt":     "vitrail.models.pvt",
     "swin":    "vitrail.models.swin",
     "pit":     "vitrail.models.pit",
+    "resnet":  "vitrail.models.resnet",
+    "senet":   "vitrail.models.senet",
+    "nonlocal": "vitrail.models.nonlocal_net",
 }  # fmt: skip
 
 

@@ -23,6 +23,7 @@ from typing import Literal
 from torch import nn
 
 from vitrail.errors import ModelError
+from vitrail.models.checks import check_config, check_heads, check_stages
 from vitrail.models.classifier import Classifier
 from vitrail.models.swin_layouts import RENAMES as RENAMES
 from vitrail.models.swin_layouts import context as context
@@ -89,31 +90,13 @@ class Config:
 def _check(config: Config) -> None:
     """Refuse combinations that mean nothing, saying what is legal."""
     stages = len(config.depths)
-    for name, least in (("depths", 1), ("heads", 1), ("windows", 1), ("trained_windows", 0)):
-        values = getattr(config, name)
-        if len(values) != stages or not values or min(values) < least:
-            raise ModelError(
-                f"{name} must hold a number of at least {least} for each of {stages} stages; got {values}."
-            )
-    for name in ("in_chans", "patch_size", "width", "mlp_ratio"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    if config.num_classes < 0:
-        raise ModelError(f"num_classes must be 0 or more; got {config.num_classes}.")
-    for name in ("drop_path_rate", "drop_rate", "attn_drop_rate"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ModelError(f"{name} must lie in [0, 1); got {getattr(config, name)}.")
-    for number, heads in enumerate(config.heads):
-        if config.width * 2**number % heads:
-            raise ModelError(
-                f"A stage's width must be a multiple of its heads; got width {config.width * 2**number}, {heads} heads."
-            )
+    check_config(config, ("width", "mlp_ratio"))
+    check_stages(config, stages, {"depths": 1, "heads": 1, "windows": 1, "trained_windows": 0})
+    check_heads([config.width * 2**number for number in range(stages)], config.heads)
     if config.version == 1 and any(config.trained_windows):
         raise ModelError(
             "trained_windows belongs to version=2; a v1 table is resampled when its file is loaded."
         )
-    if min(config.img_size) < 1:
-        raise ModelError(f"img_size must be at least 1 a side; got {config.img_size}.")
 
 
 def build(config: Config) -> Classifier:

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vitrail.nn.gates import NonLocal
+
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
     """Truncated normal, cut at two sigmas, of variance 1 / fan_in (flax `lecun_normal`)."""
@@ -107,3 +109,16 @@ def init_pit(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("positions.table") or ".prefix." in name:
             nn.init.trunc_normal_(parameter, std=0.02)
+
+
+def init_resnet(model: nn.Module) -> None:
+    """ResNets: convolutions N(0, 2 / fan out) (He et al. 2015); norms 1 and 0; the last layer keeps torch's default.
+
+    Non-local blocks: convolutions N(0, 0.01), and their norm zero (or, without one, their last convolution).
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    for module in model.modules():
+        if isinstance(module, NonLocal):
+            module.start()

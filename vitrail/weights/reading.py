@@ -93,6 +93,8 @@ class Reading:
         self.replace_head, self.adapt = replace_head, adapt
         self.result: dict[str, Tensor] = {}
         self.used: set[str] = set()
+        self.slices: dict[str, set[int]] = {}
+        """Of stacked tensors, which slices were used."""
         self.made: list[Made] = []
         self.dropped: list[tuple[str, str]] = []
         self.fresh: list[str] = []
@@ -133,7 +135,7 @@ class Reading:
         if source is None:
             self.made.append(Made(name, f"stays as initialised {shape}, the file has no head"))
             return
-        for key in source.keys:
+        for key in filter(None, source.keys):
             self.made.append(Made(name, f"stays as initialised {shape}, the file has {self._told(key)}"))
             self.dropped.append((self.names[base(key)], "the head is new"))
 
@@ -144,7 +146,11 @@ class Reading:
             told = " + ".join(self._told(key) for key in source.keys if key)
             self._problem(f"{name} {shape} cannot be made of {told} ({_first_line(error)})")
             return
-        self.used.update(base(key) for key in source.keys if key)
+        for key in filter(None, source.keys):
+            stored, index = patterns.sliced(key)
+            self.used.add(stored)
+            if index is not None:
+                self.slices.setdefault(stored, set()).add(index)
         self._fit(name, shape, source, tensor)
 
     def _tensor(self, source: Source, shape: tuple[int, ...]) -> Tensor:
@@ -156,6 +162,9 @@ class Reading:
         joint = torch.cat(filled) if len(filled) > 1 else filled[0]
         ours = source.match.ours
         if len(ours) > 1:
+            absent = [name for name in ours if name not in self.expected]
+            if absent:
+                raise ValueError(f"a part of it is for {absent[0]}, which the model has not")
             sizes = [self.expected[name][0] for name in ours]
             if sum(sizes) != joint.shape[0]:
                 raise ValueError(f"{joint.shape[0]} rows cannot be cut into {' + '.join(map(str, sizes))}")
@@ -212,7 +221,8 @@ class Reading:
             self.fresh.append(name)
             self.made.append(Made(name, "stays as initialised, the file has none"))
         else:
-            self.problems.append(lambda: f"{name} {shape} is missing{self._near(name)}")
+            cure = ", pass num_classes for a new head" if rule.fit == "classes" else ""
+            self.problems.append(lambda: f"{name} {shape} is missing{self._near(name)}{cure}")
 
     def _near(self, name: str) -> str:
         """What the file should have held, and the key that comes nearest to it."""
@@ -224,7 +234,10 @@ class Reading:
         return f" (no {wanted[0]} in the file{f', the nearest is {self._told(near[0])}' if near else ''})"
 
     def _account_for_rest(self) -> None:
-        """Every key that was not used is dropped for a reason, or a problem."""
+        """Every key that was not used is dropped for a reason, or a problem; so is every unused slice."""
+        for stored, used in self.slices.items():
+            if len(used) < self._raw(stored).shape[0]:
+                self._problem(f"{self._told(stored)} stacks more than the {len(used)} that the model has")
         gone = {key for key, _ in self.dropped}
         for key, original in self.names.items():
             if key in self.used or original in gone:
