@@ -114,6 +114,15 @@ def test_a_resume_goes_on_exactly(workers: int) -> None:
     assert same(list(loader), whole[2:])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_torchs_own_random_numbers_are_left_to_the_model(workers: int) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    list(train_loader(Pictures(16), workers=workers))
+    assert torch.equal(torch.rand(2), expected)
+
+
 def test_the_state_after_the_last_batch_is_the_next_epoch() -> None:
     loader = train_loader(Pictures(16))
     states = [loader.state() for _ in loader]
@@ -202,6 +211,7 @@ def test_a_worker_that_dies_is_reported() -> None:
         ({"batch_size": 32}, "A batch of 32 is more than all 16 pictures"),
         ({"max_bad_share": float("nan")}, "max_bad_share"),
         ({"repeats": 0}, "repeats"),
+        ({"seed": -1}, "seed must be 0"),
     ],
 )
 def test_illegal_settings_are_refused(options: dict[str, Any], reason: str) -> None:

@@ -12,7 +12,6 @@ import numpy as np
 from vitrail.data.image import LIMITS, Limits, decode, inspect
 from vitrail.data.sources import Source
 from vitrail.data.stores import Array, Names
-from vitrail.data.transforms import one_thread
 from vitrail.errors import ImageError
 
 BUDGET = 512 * 2**20
@@ -79,20 +78,19 @@ def cached(
     shapes = np.zeros((len(source), 2), dtype=np.int64)
     reasons: dict[int, str] = {}
     taken = 0
-    with one_thread():
-        for index in range(len(source)):
-            try:
-                pixels = decode(source.read(index), source.name(index), limits).permute(1, 2, 0).numpy()
-            except ImageError as error:
-                reasons[index] = str(error)
-            else:
-                taken += pixels.size
-                if taken > budget:
-                    return source
-                shapes[index] = pixels.shape[:2]
-                pieces.append(pixels.reshape(-1))
-            if watch is not None:
-                watch(index + 1, len(source))
+    for index in range(len(source)):
+        try:
+            pixels = decode(source.read(index), source.name(index), limits).permute(1, 2, 0).numpy()
+        except ImageError as error:
+            reasons[index] = str(error)
+        else:
+            taken += pixels.size
+            if taken > budget:
+                return source
+            shapes[index] = pixels.shape[:2]
+            pieces.append(pixels.reshape(-1))
+        if watch is not None:
+            watch(index + 1, len(source))
     buffer = np.concatenate([np.empty(0, dtype=np.uint8), *pieces])
     store = Decoded(Names(source.name(index) for index in range(len(source))), buffer, shapes, reasons)
     rows = np.stack([np.zeros(len(source), np.int64), np.arange(len(source)), source.labels], axis=1)

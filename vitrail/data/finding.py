@@ -113,9 +113,9 @@ def _has_wrapper(pictures: list[tuple[int, list[str]]]) -> bool:
 
 
 def _split_of(path: str) -> str:
-    """The split that the name of an archive or folder tells: train-0.zip, val.tar, test."""
-    word = re.match(r"[a-z]+", Path(path).name.lower())
-    return SPLITS.get(word.group(), "") if word else ""
+    """The split that the name of an archive or folder tells: train, train-0.zip, val_1.tar, test."""
+    name = re.fullmatch(r"([a-z]+)([-_.]?\d+)?", Path(path).stem.lower())
+    return SPLITS.get(name.group(1), "") if name else ""
 
 
 def _empty_classes(store: Store, found: list[Found], notes: list[str]) -> None:

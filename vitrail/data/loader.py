@@ -133,6 +133,8 @@ class Loader:
             )
         if repeats < 1 or workers < 0:
             raise ConfigError(f"repeats must be at least 1 and workers 0, got {repeats} and {workers}.")
+        if seed < 0:
+            raise ConfigError(f"seed must be 0 or a positive whole number, got {seed}.")
         if not 0 <= max_bad_share <= 1:
             raise ConfigError(f"max_bad_share must lie in 0..1, got {max_bad_share}.")
         if len(source) == 0:
@@ -240,6 +242,7 @@ class Loader:
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without batch_size it gets one item
             pin_memory=self._pin_memory,
             worker_init_fn=_quiet_worker,
+            generator=torch.Generator(),  # of its own: torch's one is the model's, and must resume exactly
             **several,
         )
 

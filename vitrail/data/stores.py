@@ -90,12 +90,11 @@ class Folder:
                 below[:] = []
                 continue
             seen.add(real)
-            below.sort()
             prefix = Path(root).relative_to(place).as_posix()
             prefix = "" if prefix == "." else prefix + "/"
             folders += [prefix + name for name in below]
-            names += [prefix + name for name in sorted(files)]
-        return cls(place, names, folders)
+            names += [prefix + name for name in files]
+        return cls(place, sorted(names), sorted(folders))
 
     def path(self, entry: int) -> str:
         return os.path.join(self.place, self.names[entry])

@@ -219,5 +219,6 @@ def normalise(batch: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = 
     Computed in float32, handed back in `dtype`.
     """
     factor, summand = _constants(preprocessing, batch.device)
-    images: Tensor = torch.addcmul(summand, batch.to(torch.float32), factor)
+    images = batch.to(torch.float32, copy=True)
+    images.mul_(factor).add_(summand)  # in place: on a CPU, new memory costs more than the sums
     return images.to(dtype)  # [B, C, h, w]

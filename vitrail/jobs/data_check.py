@@ -20,7 +20,6 @@ import numpy as np
 
 from vitrail.data.image import decode
 from vitrail.data.sources import Source, Splits, open_splits
-from vitrail.data.transforms import one_thread
 from vitrail.errors import ImageError
 from vitrail.jobs.contact_sheet import Tile, draw_sheet
 from vitrail.runs import DataCheckRun
@@ -164,7 +163,7 @@ def _looks(source: Source, workers: int | None, watch: Watch | None) -> Iterator
     """Decoders release Python's lock, so threads do."""
     threads = workers if workers is not None else os.cpu_count() or 1
     total = len(source)
-    with one_thread(), ThreadPoolExecutor(max(1, threads)) as pool:
+    with ThreadPoolExecutor(max(1, threads)) as pool:
         for start in range(0, total, 256):  # in pieces, so that Ctrl-C and memory stay in hand
             for look in pool.map(lambda index: _look(source, index), range(start, min(start + 256, total))):
                 yield look
