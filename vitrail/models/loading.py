@@ -82,6 +82,8 @@ def load_folder(path: str | Path) -> Model:
         raise WeightsError(
             f"{path} lacks {len(missing)} tensors of {card.architecture}, such as {min(missing)}."
         )
+    halves = (torch.float16, torch.bfloat16)  # a half-precision file makes a float32 model, as everywhere else
+    state = {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in state.items()}
     model.load_state_dict(state, strict=True, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
