@@ -115,6 +115,21 @@ def test_a_tensor_left_over_is_an_error_unless_dropped_on_purpose() -> None:
     assert any("computed from the grid" in line for line in receipt.lines())
 
 
+def test_a_stack_of_more_layers_than_the_model_has_is_an_error() -> None:
+    written = {**theirs(), "net.stack": torch.zeros(3, 3)}
+    with pytest.raises(WeightsError, match=r"net\.stack \(3, 3\) stacks more than the 2 that the model has"):
+        adapter.read(written, [JOINED], shapes(ours()), CONTEXT)
+    written["net.stack"] = torch.zeros(1, 3)
+    with pytest.raises(WeightsError, match=r"stages\.1\.scale \(3,\) cannot be made of net\.stack \(1, 3\)"):
+        adapter.read(written, [JOINED], shapes(ours()), CONTEXT)
+
+
+def test_a_tensor_that_is_cut_needs_all_its_parts_in_the_model() -> None:
+    expected = {name: shape for name, shape in shapes(ours()).items() if name != "stages.0.right"}
+    with pytest.raises(WeightsError, match=r"a part of it is for stages\.0\.right, which the model has not"):
+        adapter.read(theirs(), [JOINED], expected, CONTEXT)
+
+
 def test_a_wrong_shape_names_both_shapes() -> None:
     written = {**theirs(), "net.block2.1.bias": torch.zeros(7)}
     with pytest.raises(

@@ -79,6 +79,16 @@ def test_a_folder_in_transformers_layout_is_transformers_own(npz: Path, tmp_path
     assert pixels.shape == (1, 3, 96, 96)
 
 
+def test_half_precision_is_kept_on_disk_and_widened_in_memory(npz: Path, tmp_path: Path) -> None:
+    halves = {key: tensor.to(torch.bfloat16) for key, tensor in files.read_tensors(npz).items()}
+    files.write_tensors(tmp_path / "half.npz", halves)
+    run(tmp_path / "half.npz", tmp_path / "ours", "vitrail")
+    stored = files.read_tensors(tmp_path / "ours")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    model = from_pretrained(tmp_path / "ours")
+    assert model(torch.zeros(1, 3, 96, 96)).dtype == torch.float32
+
+
 def test_a_trunk_without_a_head_stays_one(npz: Path, tmp_path: Path) -> None:
     state = {key: tensor for key, tensor in files.read_tensors(npz).items() if not key.startswith("head/")}
     files.write_tensors(tmp_path / "trunk.npz", state)

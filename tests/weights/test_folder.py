@@ -115,6 +115,19 @@ def test_a_save_that_is_killed_at_any_rename_leaves_one_of_the_two_models(
     assert same(folder.load(tmp_path)[0], STATE)
 
 
+def test_what_a_killed_save_left_is_swept_up_by_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".model.safetensors.0123abcd.partial").write_bytes(b"half")
+    (tmp_path / ".mine.partial").write_bytes(b"mine")
+    folder.save(tmp_path, STATE, CARD)
+    assert [path.name for path in tmp_path.glob(".*")] == [".mine.partial"]
+
+
+def test_a_folder_that_may_not_be_written_is_an_error_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(WeightsError, match="cannot be written"):
+        folder.save(tmp_path / "file" / "model", STATE, CARD)
+
+
 def test_other_files_and_an_edited_readme_stay(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     folder.save(tmp_path, STATE, CARD)

@@ -9,6 +9,7 @@ Sizes are checked before memory is taken: an archive that unpacks to far more th
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ import math
 import os
 import pickle
 import re
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -47,6 +48,9 @@ FREE = 1 << 30
 """Bytes that any archive may unpack to."""
 RATIO = 20
 """How many times its own size a larger archive may unpack to; weights hardly compress."""
+
+PARTIAL = ".partial"
+"""How temporary names end."""
 
 JSON_LIMIT = 64 << 20
 """Largest config or index that is read, in bytes."""
@@ -170,25 +174,29 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> str:
 
 def staged(path: Path, write: Callable[[Path], object]) -> Path:
     """A file that `write` made beside `path` under a temporary name, brought to disk; nothing is left on failure."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(4)}{PARTIAL}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o666 & ~mask)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         if isinstance(error, OSError | SafetensorError):
             raise WeightsError(
                 f"{path} cannot be written: {error}. What was there before is untouched."
             ) from error
         raise
     return temporary
+
+
+def sweep(path: Path) -> None:
+    """Remove what a killed process left beside `path` under temporary names."""
+    for stale in path.parent.glob(f".{path.name}.*{PARTIAL}"):
+        with contextlib.suppress(OSError):
+            stale.unlink()
 
 
 def flush_folder(folder: Path) -> None:
@@ -239,10 +247,10 @@ def _read_npz(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             _check_expanded(path, archive)
-            return {
-                member.filename.removesuffix(".npy"): _read_npy(archive.open(member), member, path)
-                for member in archive.infolist()
-            }
+            members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
+            if len(members) < len(archive.infolist()):
+                raise WeightsError(f"{path} holds two arrays of one name.")
+            return {name: _read_npy(archive.open(member), member, path) for name, member in members.items()}
     except (
         zipfile.BadZipFile,
         zipfile.LargeZipFile,

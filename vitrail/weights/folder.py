@@ -51,6 +51,8 @@ def save(
     place = Path(folder)
     if place.exists() and not place.is_dir():
         raise WeightsError(f"{place} is a file; a model is saved as a folder.")
+    for name in (WEIGHTS, PREPROCESSOR, README, CONFIG, PENDING):
+        files.sweep(place / name)
     weights = _stage_weights(place, state)
     pending: list[tuple[Path, Path]] = [(weights, place / WEIGHTS)]
     try:
