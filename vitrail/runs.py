@@ -48,6 +48,14 @@ class TrainRun:
     """backbone trains only the head: a linear probe."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
+    teacher: str | None = None
+    """Model folder of a teacher with the same classes, whose answers are learned beside the labels."""
+    distill: Literal["hard", "soft"] = "hard"
+    """What is learned of the teacher: its decision (DeiT), or its probabilities."""
+    distill_weight: float = 0.5
+    """Share of the teacher's term in the loss, 0..1."""
+    distill_temperature: float = 3.0
+    """Temperature of soft distillation."""
 
     # optimisation
     epochs: int | None = None
@@ -336,6 +344,48 @@ class BenchRun:
     """auto, cpu, cuda, cuda:1 or mps."""
     format: Format = "table"
     """How the result is printed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareRun:
+    """Train families side by side at equal budget on your data, and measure what picture size costs them."""
+
+    data: tuple[str, ...] = ()
+    """Training images: folders, archives, a .csv, or the word digits."""
+    val: tuple[str, ...] = ()
+    """Validation images, when they do not lie beside the training images."""
+    models: tuple[str, ...] = ()
+    """Names of networks to train; by default our small one of every family."""
+    part: Literal["both", "accuracy", "cost"] = "both"
+    """What is compared: accuracy on the data, cost against picture size, or both."""
+    epochs: int | None = None
+    """Equal budget in passes over the data; by default 5."""
+    minutes: float | None = None
+    """Equal budget in minutes of training instead; steps follow from each network's measured speed."""
+    shares: tuple[float, ...] = (1.0,)
+    """Shares of the training pictures, for the data-efficiency curve: 0.1 0.25 0.5 1."""
+    seeds: int = 1
+    """Trainings of each network, with seeds from 0; the table shows mean and spread."""
+    batch_size: int = 128
+    """Images in one step."""
+    img_size: tuple[int, ...] = ()
+    """Image size for training; by default each network's own."""
+    opt: Literal["adamw", "sgd", "muon"] | None = None
+    """Optimiser for all; by default as the plan chooses."""
+    lr: float | None = None
+    """Learning rate for all; by default as the plan chooses."""
+    cost_models: tuple[str, ...] = ()
+    """Networks whose cost is measured; by default one for each way of growing."""
+    sizes: tuple[int, ...] = (224, 384, 512, 768, 1024)
+    """Picture sides at which cost is measured."""
+    repeats: int = 3
+    """Timed rounds at each size; the fastest counts."""
+    workers: int | None = None
+    """Processes that read images."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    output: str = "runs/compare"
+    """Folder for the trainings, the numbers and the report; a comparison that was stopped goes on there."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,6 +75,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, position = self.at
+        torch.rand(())  # as torch's own DataLoader does when an iteration begins
         order = torch.randperm(len(self.targets), generator=torch.Generator().manual_seed(epoch))
         for start in range(position, len(self) * self.batch_size, self.batch_size):
             index = order[start : start + self.batch_size][self.rank :: self.world]

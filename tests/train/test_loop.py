@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.train.standin import Batches, training
 from vitrail.errors import DataError, TrainingError
 from vitrail.train.log import Progress, Saved, Scores, Stopped
-from vitrail.train.loop import seed_step, train
+from vitrail.train.loop import seed_part, train
 from vitrail.train.optim import Kind
 from vitrail.train.state import Place
 
@@ -131,10 +131,11 @@ def test_no_full_batch_is_said_plainly() -> None:
         training(batches=Batches(count=4, size=8))
 
 
-def test_randomness_of_a_step_depends_on_seed_step_and_rank() -> None:
+def test_randomness_depends_on_seed_step_part_and_rank() -> None:
     def draw(*place: int) -> float:
-        generator = seed_step(*place)
+        generator = seed_part(*place)
         return float(torch.rand(()) + torch.rand((), generator=generator))
 
-    assert draw(0, 5, 0) == draw(0, 5, 0)
-    assert len({draw(0, 5, 0), draw(1, 5, 0), draw(0, 6, 0), draw(0, 5, 1)}) == 4
+    places = [(0, 5, 0, 0), (1, 5, 0, 0), (0, 6, 0, 0), (0, 5, 1, 0), (0, 5, 0, 1)]
+    assert draw(*places[0]) == draw(*places[0])
+    assert len({draw(*place) for place in places}) == 5

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from vitrail import config as records
-from vitrail.data.augment import Augmentation, TrainTransform
-from vitrail.data.loader import Batch, Loader
 from vitrail.data.mix import Mix
 from vitrail.data.sources import Source
-from vitrail.data.transforms import Preprocess, normalise
-from vitrail.errors import ConfigError, TrainingError
+from vitrail.data.transforms import normalise
+from vitrail.errors import TrainingError
 from vitrail.evaluate import evaluate
 from vitrail.jobs import plan as plans
+from vitrail.jobs import training_data as pictures
+from vitrail.jobs import training_keep as keeping
 from vitrail.jobs import training_parts as parts
+from vitrail.jobs.training_keep import Keeper
 from vitrail.models.classifier import Classifier
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
@@ -38,7 +37,7 @@ from vitrail.train.loop import train as steps
 from vitrail.train.optim import Recipe, build_optimiser
 from vitrail.train.pace import Pace
 from vitrail.train.schedule import Schedule
-from vitrail.train.state import Checkpoint, Place
+from vitrail.train.state import Place
 
 logger = logging.getLogger(__name__)
 
@@ -89,15 +88,16 @@ class _Job:
         self.runtime, self.reporter = runtime, reporter
         self.log: Log | None = None
         self.said: list[str] = []
-        self.data = parts.open_data(run, self.say)
+        self.data = pictures.open_data(run, self.say)
         self.folder = Path(run.output or _default_folder(run))
-        self.found = _find_checkpoint(run, self.folder / "checkpoints")
+        self.found = keeping.find_checkpoint(run, self.folder, runtime)
         if self.found is not None:
-            run = self._take_up(run, self.found)
+            run = keeping.take_up(run, self.found, self.data.fingerprint, self.say)
         facts = parts.gather_facts(run, self.data, runtime)
         self.run, choices = plans.choose(run, facts)
         for choice in choices:
             self.say(Note(text=str(choice), kind="choice"))
+        self.data = pictures.decode_once(self.data, self.say)
         self.task = Classify(self.data.classes, smoothing=self.run.smoothing or 0.0)
 
     def go(self) -> TrainResult:
@@ -109,7 +109,6 @@ class _Job:
         network = runtime.prepare(self.model, blocks=blocks, compile=run.compile)
         batches = self._batches()
         cached = isinstance(batches, FeatureBatches)
-        self.place = Place()
         self.pace = self._pace(len(batches))
         recipe = Recipe(
             kind=run.opt or "adamw",
@@ -121,14 +120,24 @@ class _Job:
         )
         self.optimiser = build_optimiser(cast(Any, self.model), recipe, runtime)
         self.average = Average(self.model, run.model_ema) if run.model_ema else None
-        if self.found is not None:
-            self._restore(self.found)
+        self.keeper = Keeper(
+            folder=self.folder,
+            run=run,
+            runtime=runtime,
+            model=self.model,
+            optimiser=self.optimiser,
+            average=self.average,
+            pace=self.pace,
+            fingerprint=self.data.fingerprint,
+            classes=self.data.classes,
+        )
+        self.place = Place() if self.found is None else self.keeper.restore(self.found)
         training = Training(
             network=self.model.get_classifier() if cached else network,
             runtime=runtime,
             batches=cast(Any, batches),
             inputs=self._inputs if not cached else lambda images: images.to(runtime.device),
-            objective=lambda output, targets, images: self.task.loss(output, targets),
+            objective=parts.objective(run, self.task, self.model, runtime),
             optimiser=self.optimiser,
             schedule=self._schedule(),
             pace=self.pace,
@@ -137,8 +146,8 @@ class _Job:
             mix=self._mix(),
             frozen=frozen,
             evaluate=self._evaluate if self.data.val is not None else None,
-            save=self._save,
-            keep_best=self._keep_best,
+            save=self.keeper.save,
+            keep_best=self.keeper.save_best,
         )
         self.say(Note(text=self._summary()))
         reason = "done"
@@ -152,68 +161,16 @@ class _Job:
 
     def _batches(self) -> Any:
         """Training batches: images, or their features where nothing about them changes."""
-        run, source = self.run, self.data.train
-        size = self._batch_size(len(source))
-        changed = run.crop != "none" or run.hflip or run.aa != "none" or run.reprob or run.color_jitter
-        still = not changed and not run.mixup and not run.cutmix
-        if run.freeze == "backbone" and still and self.runtime.world == 1 and parts.has_one_layer(self.model):
+        run, source, runtime = self.run, self.data.train, self.runtime
+        size = pictures.batch_size(run, len(source), runtime.world)
+        still = pictures.leaves_pictures_alone(run)
+        if run.freeze == "backbone" and still and runtime.world == 1 and parts.has_one_layer(self.model):
             self.say(Note(text=f"The features of {len(source):,} images are computed once."))
-            ordered = self._in_order(source, size=256)
+            ordered = pictures.batches_in_order(run, source, self.preprocessing, runtime)
             last = self.model.get_classifier()
-            features = compute_features(self.model, last, ordered, self._inputs, self.runtime)
+            features = compute_features(self.model, last, ordered, self._inputs, runtime)
             return FeatureBatches(*features, batch_size=size, seed=run.seed)
-        augmentation = Augmentation(
-            crop=cast(str, run.crop),
-            scale=cast(tuple[float, float], run.scale),
-            pad=max(1, min(self.preprocessing.input_size) // 8),
-            hflip=cast(float, run.hflip),
-            aa=cast(str, run.aa),
-            color_jitter=cast(float, run.color_jitter),
-            reprob=cast(float, run.reprob),
-        )
-        return Loader(
-            source,
-            TrainTransform(self.preprocessing, augmentation),
-            batch_size=size,
-            shuffle=True,
-            drop_last=True,
-            seed=run.seed,
-            workers=cast(int, run.workers),
-            rank=self.runtime.rank,
-            world=self.runtime.world,
-            repeats=run.aug_repeats,
-            max_bad_share=run.max_bad_share,
-            pin_memory=self.runtime.device.type == "cuda",
-        )
-
-    def _batch_size(self, images: int) -> int:
-        """Images in one batch over all processes, which share it evenly."""
-        size, world = cast(int, self.run.batch_size), self.runtime.world
-        if size < 1 or size % world:
-            raise ConfigError(
-                f"batch_size {size} is shared by {world} processes: take a multiple of {world}."
-            )
-        if size * self.run.grad_accum_steps > images:
-            raise ConfigError(
-                f"One step takes {size * self.run.grad_accum_steps} images, and there are {images}: lower"
-                " --batch-size or --grad-accum-steps."
-            )
-        return size
-
-    def _in_order(self, source: Source, size: int, shared: bool = False) -> Iterator[Batch]:
-        """Every picture once, preprocessed as the model is used; `shared` over processes, or all in each."""
-        loader = Loader(
-            source,
-            Preprocess(self.preprocessing),
-            batch_size=size,
-            seed=self.run.seed,
-            workers=cast(int, self.run.workers),
-            rank=self.runtime.rank if shared else 0,
-            world=self.runtime.world if shared else 1,
-            unreadable="drop",
-            max_bad_share=self.run.max_bad_share,
-        )
-        return (batch for batch in loader if int(batch.targets[0]) >= 0)
+        return pictures.training_batches(run, source, self.preprocessing, runtime)
 
     def _pace(self, batches: int) -> Pace:
         run = self.run
@@ -273,107 +230,17 @@ class _Job:
                 output: Tensor = model(self._inputs(images))
             return output
 
-        batches = self._in_order(source, cast(int, self.run.batch_size), shared)
+        batches = pictures.batches_in_order(self.run, source, self.preprocessing, self.runtime, shared)
         total = self.runtime.sum_tensor if shared else None
         return dict(evaluate(forward, batches, self.task.metrics(), total=total))
-
-    # Checkpoints
-
-    def _take_up(self, run: TrainRun, found: Checkpoint) -> TrainRun:
-        """The run with open fields as the checkpoint has them; ConfigError when it is another run's."""
-        before = found.facts["config"]
-        kept = {
-            name: value
-            for name, value in before.items()
-            if plans.is_open(run, name) and value not in (None, [])
-        }
-        if run.steps is not None or run.epochs is not None:
-            kept = {name: value for name, value in kept.items() if name not in ("epochs", "steps")}
-        run = records.replace(run, **kept)
-        parts.check_same(before, run, found.path)
-        if found.facts["data"] != self.data.fingerprint:
-            raise ConfigError(
-                f"The training pictures are others than those of {found.path}: files were added, removed or"
-                " changed. Give --resume none, or another --output."
-            )
-        self.say(Note(text=f"Going on from {found.path} (step {found.place.step:,})."))
-        for name, version in parts.versions().items():
-            if found.facts["versions"].get(name) != version and run.deterministic:
-                text = f"{name} was {found.facts['versions'].get(name)} and is {version}: bits may differ."
-                self.say(Note(text=text, kind="warning"))
-        return run
-
-    def _restore(self, found: Checkpoint) -> None:
-        """Puts a checkpoint into network, optimiser, average, scaler and place."""
-        live = self.model.state_dict()
-        if set(live) != set(found.tensors["model"]):
-            raise TrainingError(f"{found.path} holds another network than {self.run.model} as configured.")
-        with torch.no_grad():
-            for name, value in live.items():
-                value.copy_(self.runtime.place_like(found.tensors["model"][name], value))
-        self.optimiser.load(found.tensors["optimiser"])
-        if self.average is not None:
-            self.average.load(found.tensors["average"], self.runtime)
-        if self.runtime.scaler is not None and found.facts["scaler"]:
-            self.runtime.scaler.load_state_dict(found.facts["scaler"])
-        self.place = dataclasses.replace(found.place)
-        if found.facts["steps_per_epoch"] != self.pace.steps_per_epoch:
-            raise TrainingError(f"{found.path} has epochs of another length; it cannot be gone on with.")
-
-    def _save(self, place: Place) -> str:
-        gather = self.runtime.gather
-        tensors = {"model": gather(self.model.state_dict()), "optimiser": gather(self.optimiser.state())}
-        if self.average is not None:
-            tensors["average"] = gather(self.average.weights)
-        folder = self.folder / "checkpoints"
-        path = folder / f"step-{place.step:08d}"
-        if self.runtime.main:
-            path = state.save(folder, place, tensors, self._facts())
-            state.prune(folder, self.run.keep, best=self._named_best(folder))
-            state.write_atomically(folder / "latest", path.name.encode())
-        self.runtime.barrier()
-        return str(path)
-
-    def _named_best(self, folder: Path) -> list[int | None]:
-        """Best steps that a checkpoint still speaks of."""
-        named = [self.place.best_step]
-        for path in state.names(folder)[-max(2, self.run.keep) :]:
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                named.append(json.loads((path / state.FACTS).read_text())["place"]["best_step"])
-        return named
-
-    def _keep_best(self, place: Place) -> None:
-        weights = self.runtime.gather(self._current())
-        if self.runtime.main:
-            state.save(self.folder / "checkpoints", place, {"model": weights}, self._facts(), prefix="best")
-        self.runtime.barrier()
-
-    def _current(self) -> dict[str, Tensor]:
-        """The weights that are scored: averaged ones where there are any."""
-        return {**self.model.state_dict(), **(self.average.weights if self.average is not None else {})}
-
-    def _facts(self) -> dict[str, Any]:
-        config = records.to_dict(self.run)
-        scaler = self.runtime.scaler
-        return {
-            "config": config,
-            "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "data": self.data.fingerprint,
-            "classes": list(self.data.classes),
-            "versions": parts.versions(),
-            "world": self.runtime.world,
-            "precision": self.runtime.precision,
-            "steps_per_epoch": self.pace.steps_per_epoch,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-        }
 
     # The end
 
     def _finish(self, reason: str) -> TrainResult:
         """Writes the model folder and the curves, and scores what was written."""
-        best = self.folder / "checkpoints" / f"best-{self.place.best_step or 0:08d}"
+        best = self.keeper.checkpoints / f"best-{self.place.best_step or 0:08d}"
         step = self.place.step
-        weights = self.runtime.gather(self._current())
+        weights = self.runtime.gather(self.keeper.scored())
         scores: dict[str, dict[str, float]] = {}
         if self.runtime.main:
             if self.place.best_step is not None:
@@ -475,19 +342,6 @@ class _Job:
 def _default_folder(run: TrainRun) -> str:
     data = Path(run.data[0]).name.partition(".")[0] or Path(run.data[0]).resolve().name
     return f"runs/{data}-{run.model or 'vit'}"
-
-
-def _find_checkpoint(run: TrainRun, folder: Path) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, as `resume` wishes."""
-    if run.resume == "auto":
-        return state.newest(folder)
-    if run.resume != "none":
-        return state.read(Path(run.resume))
-    if folder.exists():
-        taken = folder.parent
-        number = next(n for n in range(1, 10_000) if not Path(f"{taken}-before-{n}").exists())
-        taken.rename(f"{taken}-before-{number}")
-    return None
 
 
 def _without_open(run: TrainRun) -> dict[str, Any]:

@@ -1,61 +1,31 @@
-"""What a training run is put together from: its data, its network, and the record of both."""
+"""The network of a training run: built, given its weights, frozen, taught; and the facts for the plan."""
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import numpy
 import torch
 from torch import Tensor, nn
 
-import vitrail
 from vitrail import config as records
-from vitrail.data.image import decode
-from vitrail.data.sources import Source, open_splits
-from vitrail.errors import ConfigError, DataError, ModelError
+from vitrail.data.transforms import constants
+from vitrail.errors import ConfigError, ModelError
 from vitrail.jobs.doctor import usable_cores
 from vitrail.jobs.plan import Facts
+from vitrail.jobs.training_data import Data, Say, typical_side
 from vitrail.models import loading, registry
 from vitrail.models.classifier import Classifier
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime
+from vitrail.tasks.classify import Classify
+from vitrail.train.distill import Distillation
 from vitrail.train.log import Note
 from vitrail.weights import folder as folders
 
-Say = Callable[[Note], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The pictures of a run."""
-
-    train: Source
-    val: Source | None
-    """What chooses the best weights."""
-    test: Source | None
-    """Scored once, at the end; chooses nothing."""
-    fingerprint: str
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self.train.classes
-
-
-def open_data(run: TrainRun, say: Say) -> Data:
-    """The pictures of a run. Test pictures never stand in for validation pictures that are missing:
-    those are then held back from the training pictures."""
-    found = open_splits(run.data, val=run.val, val_share=run.val_share, seed=run.seed)
-    train, val, test = found.train, found.val, found.test
-    if train is None:
-        raise DataError(f"{', '.join(run.data)} holds no training pictures, only {', '.join(found.given)}.")
-    for note in found.notes:
-        say(Note(text=note))
-    return Data(train=train, val=val, test=test, fingerprint=train.fingerprint())
+Objective = Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
 
 
 def gather_facts(run: TrainRun, data: Data, runtime: Runtime) -> Facts:
@@ -73,19 +43,6 @@ def gather_facts(run: TrainRun, data: Data, runtime: Runtime) -> Facts:
     )
 
 
-def typical_side(source: Source, looks: int = 24) -> int:
-    """The middle short side of a few pictures spread over a source, in pixels."""
-    sides = []
-    for index in numpy.linspace(0, len(source) - 1, min(looks, len(source))).astype(int).tolist():
-        try:
-            sides.append(min(decode(source.read(index), name=source.name(index)).shape[1:]))
-        except DataError:
-            continue
-    if not sides:
-        raise DataError(f"Not one of {looks} training pictures can be read; look with vitrail data check.")
-    return sorted(sides)[len(sides) // 2]
-
-
 def build_model(run: TrainRun, data: Data, say: Say) -> Classifier:
     """The network of a run, with the given weights in it; what became of them is said.
 
@@ -100,7 +57,8 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Classifier:
     config = _config(run, len(data.classes))
     model = cast(Classifier, registry.from_config(run.model, config))
     if run.pretrained is not None:
-        receipt = loading.load_pretrained(model, run.pretrained, replace_head=True)
+        path = folders.model_folder(run.pretrained) if Path(run.pretrained).is_dir() else run.pretrained
+        receipt = loading.load_pretrained(model, path, replace_head=True)
         known = model.card.labels
         if known is not None and tuple(known) != data.classes:
             model.reset_classifier(len(data.classes))
@@ -183,7 +141,7 @@ def _card(pretrained: str | None) -> Any:
     """The card of a model folder; None for a weight file, or without weights."""
     if pretrained is None or not Path(pretrained).is_dir():
         return None
-    return folders.load(pretrained)[1]
+    return folders.load(folders.model_folder(pretrained))[1]
 
 
 def freeze(model: Classifier, run: TrainRun) -> list[nn.Module]:
@@ -195,7 +153,7 @@ def freeze(model: Classifier, run: TrainRun) -> list[nn.Module]:
         raise ModelError("A linear probe needs a model with a class layer; this one has none.")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in trained)
-    return [model.backbone]
+    return [cast(nn.Module, model.backbone)]
 
 
 def learned_layers(model: Classifier) -> nn.ModuleList:
@@ -204,6 +162,36 @@ def learned_layers(model: Classifier) -> nn.ModuleList:
     return nn.ModuleList(
         [getattr(head, name) for name in ("hidden", "linear", "distilled") if hasattr(head, name)]
     )
+
+
+def objective(run: TrainRun, task: Classify, model: Classifier, runtime: Runtime) -> Objective:
+    """The loss of (output, targets, images): on the labels, and on a teacher's answers where there is one."""
+    if run.teacher is None:
+        return lambda output, targets, images: task.loss(output, targets)
+    teacher = cast(Classifier, registry.from_pretrained(run.teacher))
+    if teacher.card.labels is not None and tuple(teacher.card.labels) != task.labels:
+        raise ModelError(
+            f"The teacher {run.teacher} knows other classes ({', '.join(teacher.card.labels[:5])} ...) than the"
+            f" data ({', '.join(task.labels[:5])} ...). Train one on these classes first."
+        )
+    if teacher.num_classes != len(task.labels):
+        raise ModelError(f"The teacher has {teacher.num_classes} classes, the data {len(task.labels)}.")
+    teacher.to(runtime.device).eval().requires_grad_(False)
+    model.set_distilled_training(True)
+    from_ours, to_theirs = constants(model.card.preprocessing), constants(teacher.card.preprocessing)
+
+    def answer(images: Tensor) -> Tensor:
+        # Back to pixels with our constants, and forward with the teacher's.
+        factor = [theirs / ours for ours, theirs in zip(from_ours[0], to_theirs[0], strict=True)]
+        shift = [
+            theirs - scale * ours
+            for ours, theirs, scale in zip(from_ours[1], to_theirs[1], factor, strict=True)
+        ]
+        scale, offset = (images.new_tensor(values)[:, None, None] for values in (factor, shift))
+        output: Tensor = teacher(images * scale + offset)
+        return output
+
+    return Distillation(task, answer, run.distill, run.distill_weight, run.distill_temperature)
 
 
 def has_one_layer(model: Classifier) -> bool:
@@ -219,36 +207,3 @@ def fresh_copy(model: Classifier, weights: Mapping[str, Tensor]) -> Classifier:
     copy.load_state_dict(dict(weights))
     copy.card = model.card
     return copy
-
-
-def versions() -> dict[str, str]:
-    """What a result may depend on besides the record of its run."""
-    return {
-        "vitrail": vitrail.__version__,
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-# Fields in which a resumed run may differ from the one it goes on with: where and how fast it computes, how long
-# it goes on, and how often it looks up.
-FREE = {
-    "output", "resume", "workers", "device", "compile", "shard", "keep", "patience", "epochs", "steps",
-    "eval_every", "save_every", "deterministic", "max_bad_share", "grad_checkpointing", "recipe", "data", "val",
-    "precision",
-}  # fmt: skip
-
-
-def check_same(before: Mapping[str, Any], run: TrainRun, where: Path) -> None:
-    """Raises ConfigError when a checkpoint belongs to another run than the one asked for."""
-    now = records.to_dict(run)
-    changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
-    if changed:
-        listed = ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in changed[:4])
-        raise ConfigError(
-            f"{where} holds another run ({listed}). Give the same settings to go on with it, --resume none to"
-            " start it anew, or another --output."
-        )

@@ -58,7 +58,7 @@ class Training:
 def train(training: Training) -> Iterator[Record]:
     """Runs from `training.place` to the end, and yields what happens as it happens.
 
-    The network's random choices in a step depend on (seed, step, rank) only, so a resumed run repeats them.
+    The network's random choices depend on (seed, step, part of it, rank) only, so a resumed run repeats them.
     Raises TrainingError when losses stay non-finite, the disk is full, or another process is lost.
     """
     t, place, pace, runtime = training, training.place, training.pace, training.runtime
@@ -66,11 +66,12 @@ def train(training: Training) -> Iterator[Record]:
     set_training_mode(t)
     with Interrupt() as interrupt:
         while place.step < pace.steps:
-            generator = seed_step(pace.seed, place.step, runtime.rank)
             t.optimiser.set_rate(t.schedule(place.step))
             for part in range(pace.accumulate):
                 with meter.waiting():
                     batch = feed.fetch()
+                # After fetching: a loader that begins an epoch draws random numbers of its own.
+                generator = seed_part(pace.seed, place.step, part, runtime.rank)
                 images, targets = t.inputs(batch.images), batch.targets.to(runtime.device)
                 if t.mix is not None:
                     images, targets = t.mix(images, targets, generator)
@@ -112,9 +113,9 @@ def train(training: Training) -> Iterator[Record]:
     yield Stopped(step=place.step, reason="done")
 
 
-def seed_step(seed: int, step: int, rank: int) -> torch.Generator:
-    """Seeds every global generator for one step, and gives one for mixing, all from (seed, step, rank)."""
-    streams = numpy.random.SeedSequence([seed, step, rank]).generate_state(4)
+def seed_part(seed: int, step: int, part: int, rank: int) -> torch.Generator:
+    """Seeds every global generator for one batch of one step, and gives one for mixing."""
+    streams = numpy.random.SeedSequence([seed, step, part, rank]).generate_state(4)
     everywhere, mixing, arrays, plain = (int(word) for word in streams)
     torch.manual_seed(everywhere)
     numpy.random.seed(arrays)

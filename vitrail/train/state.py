@@ -35,7 +35,7 @@ _NAME = re.compile(r"^(step|best)-(\d{8,})$")
 class Place:
     """Where a run stands. Everything random in a step follows from the seed and this, so no generator's
     state needs to be kept: the order of images from (seed, epoch), each image's changes from (seed, epoch,
-    index), mixing, dropout and stochastic depth from (seed, step, rank)."""
+    index), mixing, dropout and stochastic depth from (seed, step, part of the step, rank)."""
 
     step: int = 0
     """Optimiser steps done, skipped ones included."""

@@ -1,0 +1,139 @@
+"""The pictures of a training run, and the batches that are made of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import cast
+
+import numpy
+
+from vitrail.data.augment import Augmentation, TrainTransform
+from vitrail.data.cache import cached
+from vitrail.data.image import decode
+from vitrail.data.loader import Batch, Loader
+from vitrail.data.sources import Source, open_splits
+from vitrail.data.transforms import Preprocess
+from vitrail.errors import ConfigError, DataError
+from vitrail.runs import TrainRun
+from vitrail.runtime import Runtime
+from vitrail.train.log import Note
+from vitrail.weights.card import Preprocessing
+
+Say = Callable[[Note], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The pictures of a run."""
+
+    train: Source
+    val: Source | None
+    """What chooses the best weights."""
+    test: Source | None
+    """Scored once, at the end; chooses nothing."""
+    fingerprint: str
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.train.classes
+
+
+def open_data(run: TrainRun, say: Say) -> Data:
+    """The pictures of a run. Test pictures never stand in for validation pictures that are missing:
+    those are then held back from the training pictures."""
+    found = open_splits(run.data, val=run.val, val_share=run.val_share, seed=run.seed)
+    train, val, test = found.train, found.val, found.test
+    if train is None:
+        raise DataError(f"{', '.join(run.data)} holds no training pictures, only {', '.join(found.given)}.")
+    for note in found.notes:
+        say(Note(text=note))
+    return Data(train=train, val=val, test=test, fingerprint=train.fingerprint())
+
+
+def decode_once(data: Data, say: Say) -> Data:
+    """The same pictures; those of a small data set are decoded here, and never again."""
+    train = cached(data.train)
+    if train is data.train:
+        return data
+    say(Note(text=f"{len(train):,} small pictures are kept decoded in memory."))
+    return dataclasses.replace(data, train=train, val=cached(data.val) if data.val is not None else None)
+
+
+def typical_side(source: Source, looks: int = 24) -> int:
+    """The middle short side of a few pictures spread over a source, in pixels."""
+    sides = []
+    for index in numpy.linspace(0, len(source) - 1, min(looks, len(source))).astype(int).tolist():
+        try:
+            sides.append(min(decode(source.read(index), name=source.name(index)).shape[1:]))
+        except DataError:
+            continue
+    if not sides:
+        raise DataError(f"Not one of {looks} training pictures can be read; look with vitrail data check.")
+    return sorted(sides)[len(sides) // 2]
+
+
+def batch_size(run: TrainRun, images: int, world: int) -> int:
+    """Images in one batch over all processes, which share it evenly. Raises ConfigError when they cannot."""
+    size = cast(int, run.batch_size)
+    if size < 1 or size % world:
+        raise ConfigError(f"batch_size {size} is shared by {world} processes: take a multiple of {world}.")
+    if size * run.grad_accum_steps > images:
+        raise ConfigError(
+            f"One step takes {size * run.grad_accum_steps} images, and there are {images}: lower --batch-size"
+            " or --grad-accum-steps."
+        )
+    return size
+
+
+def leaves_pictures_alone(run: TrainRun) -> bool:
+    """Whether training sees every picture as evaluation does."""
+    changed = run.crop != "none" or run.hflip or run.aa != "none" or run.reprob or run.color_jitter
+    return not changed and not run.mixup and not run.cutmix
+
+
+def training_batches(run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime) -> Loader:
+    """This process's share of the shuffled, augmented batches."""
+    augmentation = Augmentation(
+        crop=cast(str, run.crop),
+        scale=cast(tuple[float, float], run.scale),
+        pad=max(1, min(preprocessing.input_size) // 8),
+        hflip=cast(float, run.hflip),
+        aa=cast(str, run.aa),
+        color_jitter=cast(float, run.color_jitter),
+        reprob=cast(float, run.reprob),
+    )
+    return Loader(
+        source,
+        TrainTransform(preprocessing, augmentation),
+        batch_size=batch_size(run, len(source), runtime.world),
+        shuffle=True,
+        drop_last=True,
+        seed=run.seed,
+        workers=cast(int, run.workers),
+        rank=runtime.rank,
+        world=runtime.world,
+        repeats=run.aug_repeats,
+        max_bad_share=run.max_bad_share,
+        pin_memory=runtime.device.type == "cuda",
+    )
+
+
+def batches_in_order(
+    run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime, shared: bool = False
+) -> Iterator[Batch]:
+    """Every picture once, preprocessed as the model is used; `shared` over processes, or all in each."""
+    loader = Loader(
+        source,
+        Preprocess(preprocessing),
+        batch_size=cast(int, run.batch_size),
+        seed=run.seed,
+        workers=cast(int, run.workers),
+        rank=runtime.rank if shared else 0,
+        world=runtime.world if shared else 1,
+        unreadable="drop",
+        max_bad_share=run.max_bad_share,
+    )
+    # A row that only keeps the processes in step has no class.
+    return (batch for batch in loader if int(batch.targets[0]) >= 0)
