@@ -66,7 +66,7 @@ def test_gives_the_authors_numbers(
     ("name", "size"),
     [("pit_ti_224", (224, 224)), ("pit_s_distilled_224", (96, 128)), ("pit_xs_224", (97, 70))],
 )
-def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_parity_with_timm(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     theirs = timm.create_model(name, img_size=size)
     rows, columns = registry.variant(name, img_size=size).grid

@@ -76,7 +76,7 @@ def test_gives_the_authors_numbers(
         pytest.param("pvt_v2_b1", (97, 160), marks=slow),
     ],
 )
-def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_parity_with_timm(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     assert difference(timm.create_model(name), name, tmp_path, size) < 1e-5
 
@@ -84,7 +84,7 @@ def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int],
 @pytest.mark.parametrize(
     ("name", "depths"), [("pvt_tiny", [2, 2, 2, 2]), pytest.param("pvt_small", [3, 4, 6, 3], marks=slow)]
 )
-def test_gives_transformers_logits_with_its_weights(name: str, depths: list[int], tmp_path: Path) -> None:
+def test_parity_with_transformers(name: str, depths: list[int], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PvtForImageClassification(transformers.PvtConfig(depths=depths, num_labels=10))
     apart_by = difference(theirs, name, tmp_path, (224, 224), lambda out: out.logits, entry_eps=1e-6)
@@ -92,7 +92,7 @@ def test_gives_transformers_logits_with_its_weights(name: str, depths: list[int]
 
 
 @pytest.mark.parametrize("linear", [False, True])
-def test_reads_transformers_pvt_v2(linear: bool, tmp_path: Path) -> None:
+def test_parity_with_transformers_pvt_v2(linear: bool, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.PvtV2Config(linear_attention=linear, num_labels=7)
     theirs = transformers.PvtV2ForImageClassification(config)
@@ -152,7 +152,7 @@ def test_every_layout_gives_back_the_same_bits(layout: adapter.Layout, changes: 
 def test_a_file_of_the_other_version_is_refused_with_what_it_lacks() -> None:
     first, second = (registry.from_config("pvt_v2_b0", small(**changes)) for changes in (FIRST, {}))
     written = adapter.write(second.state_dict(), pvt.RENAMES[1], loading.context(pvt, second.config))
-    with pytest.raises(WeightsError, match="positions.table"):
+    with pytest.raises(WeightsError, match=r"positions\.table"):
         adapter.read(written, pvt.RENAMES, loading.shapes(first), loading.context(pvt, first.config))
 
 

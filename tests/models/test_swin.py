@@ -126,7 +126,7 @@ def test_gives_the_authors_numbers(
         pytest.param("swinv2_base_window12to16_192to256", (256, 256), marks=slow),
     ],
 )
-def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int], tmp_path: Path) -> None:
+def test_parity_with_timm(name: str, size: tuple[int, int], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     theirs = timm.create_model(name, img_size=size, num_classes=10)
     assert difference(theirs, name, tmp_path, size, img_size=size) < 1e-5
@@ -152,9 +152,7 @@ def theirs_small(version: int, size: int) -> Any:
 
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("size", [(64, 64), (72, 92)], ids=["whole windows", "padded windows"])
-def test_gives_transformers_logits_with_its_weights(
-    version: int, size: tuple[int, int], tmp_path: Path
-) -> None:
+def test_parity_with_transformers(version: int, size: tuple[int, int], tmp_path: Path) -> None:
     theirs = theirs_small(version, 64)
     name = "swin_tiny_patch4_window7_224"
     apart_by = difference(
@@ -167,7 +165,7 @@ def test_gives_transformers_logits_with_its_weights(
 @pytest.mark.parametrize(
     ("name", "kind"), [("swin_tiny_patch4_window7_224", "swin_t"), ("swinv2_tiny_window8_256", "swin_v2_t")]
 )
-def test_gives_torchvisions_logits_with_its_weights(name: str, kind: str, tmp_path: Path) -> None:
+def test_parity_with_torchvision(name: str, kind: str, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision.models")
     theirs = getattr(models, kind)(num_classes=10)
     size = registry.variant(name).img_size
