@@ -26,6 +26,8 @@ class TrainRun:
     """Validation images, when they do not lie beside the training images as val/ or test/."""
     val_share: float = 0.1
     """Share of the training images kept for validation when there are none (0 = no validation)."""
+    train_share: float = 1.0
+    """Share of the training images of each class that is used; smaller shares lie within larger ones."""
     output: str | None = None
     """Run folder; by default runs/DATA-MODEL."""
     resume: str = "auto"

@@ -44,6 +44,7 @@ COMMANDS = (
     Command("convert", "ConvertRun", ("source", "target"), "bring weights from one layout into another"),
     Command("data check", "DataCheckRun", ("data",), "find what is wrong with a data set"),
     Command("bench", "BenchRun", ("model",), "measure speed, memory, parameters and FLOPs"),
+    Command("compare", "CompareRun", ("data",), "train families side by side at equal budget; cost against size"),
     Command("doctor", "DoctorRun", (), "check the installation; each problem with its cure"),
     Command("demo", "DemoRun", (), "train, evaluate, predict and trace on built-in digits, in two minutes"),
 )

@@ -1,0 +1,118 @@
+"""Comparing families: exponents, means, a comparison that goes on where it stood, and refusals before any work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vitrail.errors import ConfigError, ModelError
+from vitrail.jobs import compare as jobs
+from vitrail.jobs.compare import Cell, Price, by_model, compare, exponents
+from vitrail.jobs.compare_report import write_report
+from vitrail.runs import CompareRun
+
+
+def price(model: str, size: int, power: float) -> Price:
+    tokens = (size / 16) ** 2
+    return Price(
+        model=model,
+        size=size,
+        seconds=1e-3 * tokens**power,
+        memory=int(1e6 * tokens),
+        multiply_adds=int(tokens**power),
+    )
+
+
+def cell(model: str, acc1: float, share: float = 1.0, seed: int = 0) -> Cell:
+    return Cell(
+        model=model, share=share, seed=seed, acc1=acc1, split="val", steps=10, seconds=2.0, images_per_second=50.0,
+        parameters=1_000_000, multiply_adds=80_000_000,
+    )  # fmt: skip
+
+
+def test_the_exponent_is_the_power_of_the_number_of_tokens() -> None:
+    prices = [price("square", size, 2.0) for size in (224, 512, 1024)]
+    prices += [price("linear", size, 1.0) for size in (1024, 224)]
+    found = exponents(prices, "seconds")
+    assert found == pytest.approx({"square": 2.0, "linear": 1.0})
+    assert exponents(prices, "memory") == pytest.approx({"square": 1.0, "linear": 1.0}, abs=1e-3)
+    assert exponents([price("alone", 224, 1.0)], "seconds") == {}
+
+
+def test_models_are_ordered_by_their_mean_over_seeds() -> None:
+    cells = [cell("a", 0.5), cell("a", 0.7, seed=1), cell("b", 0.65), cell("b", 0.1, share=0.5)]
+    rows = by_model(cells, 1.0)
+    assert list(rows) == ["b", "a"]
+    assert rows["a"][0] == pytest.approx(0.6) and rows["a"][1] == pytest.approx(0.1 * 2**0.5)
+
+
+def test_the_report_holds_every_number_and_needs_nothing_from_outside(tmp_path: Path) -> None:
+    cells = [cell("a", 0.5), cell("b", 0.4), cell("a", 0.3, share=0.1), cell("b", 0.35, share=0.1)]
+    prices = [price("a", size, 1.5) for size in (224, 512)]
+    page = write_report(tmp_path, cells, prices, CompareRun(data=("d",))).read_text()
+    assert "50.00 %" in page and "1.50" in page
+    assert "http" not in page and page.count("data:image/png;base64,") == 3
+    kept = json.loads((tmp_path / "report.json").read_text())
+    assert len(kept["cells"]) == 4 and kept["exponents"]["seconds"]["a"] == pytest.approx(1.5)
+    assert {path.name for path in tmp_path.glob("*.png")} == {
+        "accuracy.png",
+        "data-efficiency.png",
+        "cost.png",
+    }
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple[str, float]] = []
+
+    def trained(run: Any, folder: Any, name: str, share: float, seed: int, reporter: Any) -> Cell:
+        done.append((name, share))
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        return cell(name, 0.5, share, seed)
+
+    monkeypatch.setattr(jobs, "_train", trained)
+    models = ("vit_nano_patch4_32", "vit_tiny_patch4_32")
+    run = CompareRun(data=("d",), models=models, part="accuracy", shares=(0.5, 1.0), output=str(tmp_path))
+    with pytest.raises(KeyboardInterrupt):
+        compare(run)
+    with (tmp_path / "cells.jsonl").open("a") as file:
+        file.write('{"model": "vit_na')  # a line that was cut short by the stop
+    found = compare(run)
+    assert len(found.cells) == len(compare(run).cells) == 4
+    assert done == [(models[0], 0.5), (models[1], 0.5), (models[0], 1.0), (models[0], 1.0), (models[1], 1.0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"epochs": 1, "minutes": 2.0}, ConfigError, "give one of the two"),
+        ({"shares": (0.5, 1.5)}, ConfigError, "got 1.5"),
+        ({"models": ("vit_nanno_patch4_32",)}, ModelError, "Did you mean vit_nano_patch4_32"),
+        ({"sizes": (512, 224)}, ConfigError, "sizes must grow"),
+        ({"data": ()}, ConfigError, "Accuracy needs data"),
+        ({"seeds": 0}, ConfigError, "at least 1"),
+    ],
+)
+def test_a_mistake_is_refused_before_any_work(
+    changes: dict[str, Any], error: type[Exception], says: str, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    with pytest.raises(error, match=says):
+        compare(CompareRun(**{"data": ("digits",), "output": str(folder), **changes}))
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_two_families_are_compared_on_digits(tmp_path: Path) -> None:
+    found = compare(
+        CompareRun(
+            data=("digits",), models=("vit_nano_patch4_32", "resnet20_32"), epochs=1, shares=(0.2,), batch_size=64,
+            cost_models=("vit_nano_patch4_32",), sizes=(32, 64), repeats=1, workers=0, output=str(tmp_path),
+        )
+    )  # fmt: skip
+    assert {one.model for one in found.cells} == {"vit_nano_patch4_32", "resnet20_32"}
+    assert {one.split for one in found.cells} == {"test"} and len(found.prices) == 2
+    assert found.report.is_file()

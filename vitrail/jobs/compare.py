@@ -1,0 +1,302 @@
+"""`vitrail compare`: families side by side on one's own data at equal budget, and what their size costs.
+
+Accuracy: every model is trained by the training job from the same record, for the same epochs or the same
+minutes, on the same shares of the training pictures; a share's pictures are the same for every model.
+Cost: one picture through every network at growing sizes; time, memory and multiply-adds, and the exponent in
+the number of tokens between neighbouring sizes: log(cost ratio) / log(token ratio).
+
+Every finished cell is a line of `cells.jsonl`, so a comparison that was stopped goes on where it stood.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vitrail.config import from_dict, to_dict
+from vitrail.errors import ConfigError
+from vitrail.jobs.bench import bench
+from vitrail.jobs.models import count
+from vitrail.jobs.train import train
+from vitrail.models import registry
+from vitrail.runs import BenchRun, CompareRun, TrainRun
+from vitrail.train.log import Note, Reporter
+
+SMALL = (
+    "vit_nano_patch4_32",
+    "deit_nano_patch4_32",
+    "cait_nano_patch4_32",
+    "t2t_vit_nano_32",
+    "pvt_v2_nano_32",
+    "swin_nano_patch2_32",
+    "pit_nano_32",
+    "performer_nano_patch4_32",
+    "resnet20_32",
+    "se_resnet20_32",
+    "nonlocal_resnet20_32",
+)
+"""Our small variant of each family, for pictures of 32 pixels."""
+
+SIZED = (
+    "vit_tiny_patch16_224",
+    "pvt_tiny",
+    "pvt_v2_b0",
+    "pvt_v2_b2_li",
+    "swin_tiny_patch4_window7_224",
+    "performer_tiny_patch16_224",
+)
+"""Networks whose cost grows in different ways with the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One training: a model, a share of the pictures, a seed, and what came of it."""
+
+    model: str
+    share: float
+    seed: int
+    acc1: float
+    """Top-1 on the test split where the data has one, else on val; a share of 1."""
+    split: str
+    steps: int
+    seconds: float
+    """Training alone, without start-up."""
+    images_per_second: float
+    parameters: int
+    multiply_adds: int
+
+    @property
+    def key(self) -> tuple[str, float, int]:
+        return self.model, self.share, self.seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Price:
+    """One network at one picture size."""
+
+    model: str
+    size: int
+    seconds: float
+    """Of one picture through the network, the fastest of the rounds."""
+    memory: int
+    """Bytes that building the network and running it added to a process."""
+    multiply_adds: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Everything that was measured, and where the report lies."""
+
+    folder: Path
+    cells: tuple[Cell, ...]
+    prices: tuple[Price, ...]
+    report: Path
+
+
+def compare(run: CompareRun, reporter: Reporter | None = None) -> Comparison:
+    """Train and measure what is not done yet, then draw the report.
+
+    Raises ConfigError when both epochs and minutes are given or a share lies outside (0, 1], ModelError on
+    unknown names before anything is trained.
+    """
+    check(run)
+    folder = Path(run.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    say: Callable[[str], None] = lambda text: reporter(Note(text=text)) if reporter is not None else None  # noqa: E731
+    cells = list(_cells(run, folder, say, reporter)) if run.part != "cost" else []
+    prices = list(_prices(run, folder, say)) if run.part != "accuracy" else []
+
+    from vitrail.jobs.compare_report import write_report
+
+    report = write_report(folder, cells, prices, run)
+    return Comparison(folder=folder, cells=tuple(cells), prices=tuple(prices), report=report)
+
+
+def check(run: CompareRun) -> None:
+    """Refuse what cannot be compared, before any work."""
+    if run.epochs is not None and run.minutes is not None:
+        raise ConfigError("Equal budget means the same --epochs or the same --minutes: give one of the two.")
+    if run.part != "cost" and not run.data:
+        raise ConfigError("Accuracy needs data: name a folder or archive, or ask for --part cost alone.")
+    for share in run.shares:
+        if not 0 < share <= 1:
+            raise ConfigError(f"A share of the training pictures lies above 0 and at most at 1; got {share}.")
+    if run.seeds < 1:
+        raise ConfigError(f"seeds must be at least 1; got {run.seeds}.")
+    if sorted(set(run.sizes)) != list(run.sizes):
+        raise ConfigError(f"sizes must grow, each once; got {' '.join(map(str, run.sizes))}.")
+    for name in (*models_of(run), *(run.cost_models or SIZED)):
+        registry.variant(name)
+
+
+def models_of(run: CompareRun) -> tuple[str, ...]:
+    """The models that are trained: those asked for, else our small one of every family."""
+    return run.models or tuple(name for name in SMALL if registry.is_model(name))
+
+
+def _cells(
+    run: CompareRun, folder: Path, say: Callable[[str], None], reporter: Reporter | None
+) -> Iterator[Cell]:
+    """Every training of the comparison, from the file where it is done."""
+    kept = {cell.key: cell for cell in _read(folder / "cells.jsonl", Cell)}
+    jobs = [
+        (name, share, seed)
+        for share in sorted(run.shares)
+        for seed in range(run.seeds)
+        for name in models_of(run)
+    ]
+    for number, key in enumerate(jobs, 1):
+        if key not in kept:
+            name, share, seed = key
+            say(f"{number} of {len(jobs)}: {name}, {share:.0%} of the training pictures, seed {seed}")
+            kept[key] = _train(run, folder, name, share, seed, reporter)
+            _append(folder / "cells.jsonl", kept[key])
+        yield kept[key]
+
+
+def _train(
+    run: CompareRun, folder: Path, name: str, share: float, seed: int, reporter: Reporter | None
+) -> Cell:
+    """One cell: the training job with everything equal but the model."""
+    record = TrainRun(
+        data=run.data,
+        val=run.val,
+        model=name,
+        train_share=share,
+        seed=seed,
+        epochs=run.epochs if run.minutes is None else None,
+        batch_size=run.batch_size,
+        img_size=run.img_size,
+        opt=run.opt,
+        lr=run.lr,
+        eval_every=0.0,
+        workers=run.workers,
+        device=run.device,
+        output=str(folder / "runs" / f"{name}-{share:g}-{seed}"),
+    )
+    if run.minutes is not None:
+        speed = _speed(run, name)
+        record = dataclasses.replace(record, steps=max(1, round(run.minutes * 60 * speed / run.batch_size)))
+    result = train(record, reporter)
+    split = "test" if "test" in result.scores else "val"
+    if split not in result.scores:
+        raise ConfigError(
+            "A comparison needs pictures to score on: give --val, or data with a val or test split."
+        )
+    cost = count(name)
+    return Cell(
+        model=name,
+        share=share,
+        seed=seed,
+        acc1=result.scores[split]["acc1"],
+        split=split,
+        steps=result.step,
+        seconds=result.seconds,
+        images_per_second=result.step * run.batch_size / max(result.seconds, 1e-9),
+        parameters=cost.parameters,
+        multiply_adds=cost.multiply_adds,
+    )
+
+
+def _speed(run: CompareRun, name: str) -> float:
+    """Images a second in training, measured, so that equal minutes can be planned as steps."""
+    measured = bench(
+        BenchRun(
+            model=name,
+            mode="train",
+            batch_size=run.batch_size,
+            img_size=run.img_size,
+            repeats=3,
+            device=run.device,
+        )
+    )
+    return measured.speeds[0].median
+
+
+def _prices(run: CompareRun, folder: Path, say: Callable[[str], None]) -> Iterator[Price]:
+    """Every network at every size, from the file where it is done."""
+    kept = {(price.model, price.size): price for price in _read(folder / "prices.jsonl", Price)}
+    for name in run.cost_models or SIZED:
+        for size in run.sizes:
+            if (name, size) not in kept:
+                say(f"cost of {name} at {size} pixels")
+                found = bench(
+                    BenchRun(
+                        model=name,
+                        mode="inference",
+                        batch_size=1,
+                        img_size=(size,),
+                        repeats=run.repeats,
+                        device=run.device,
+                        precision="fp32",
+                    )
+                )
+                kept[name, size] = Price(
+                    model=name,
+                    size=size,
+                    seconds=1 / found.speeds[0].best,
+                    memory=found.speeds[0].memory,
+                    multiply_adds=found.cost.multiply_adds,
+                )
+                _append(folder / "prices.jsonl", kept[name, size])
+            yield kept[name, size]
+
+
+Quantity = Literal["seconds", "memory", "multiply_adds"]
+
+
+def exponents(prices: list[Price], quantity: Quantity) -> dict[str, float]:
+    """The power of the number of tokens by which a quantity grows between the two largest sizes, by model.
+
+    Tokens go with the area of the picture. At small sizes the linear layers, whose cost is linear in tokens,
+    hide what attention does; the largest pair shows most of it.
+    """
+    found: dict[str, float] = {}
+    for name in dict.fromkeys(price.model for price in prices):
+        own = sorted((price for price in prices if price.model == name), key=lambda price: price.size)
+        if len(own) >= 2:
+            small, large = own[-2:]
+            ratio = getattr(large, quantity) / getattr(small, quantity)
+            found[name] = math.log(ratio) / (2 * math.log(large.size / small.size))
+    return found
+
+
+def by_model(cells: list[Cell], share: float) -> dict[str, tuple[float, float, Cell]]:
+    """Mean accuracy, its spread over seeds (standard deviation) and one cell, by model, best first."""
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        if cell.share == share:
+            found.setdefault(cell.model, []).append(cell)
+    rows = {
+        name: (
+            statistics.mean(cell.acc1 for cell in group),
+            statistics.stdev(cell.acc1 for cell in group) if len(group) > 1 else 0.0,
+            group[0],
+        )
+        for name, group in found.items()
+    }
+    return dict(sorted(rows.items(), key=lambda item: -item[1][0]))
+
+
+def _read(path: Path, kind: Any) -> Iterator[Any]:
+    """The records of a file of JSON lines; a last line that was cut short is left out and done again."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        yield from_dict(kind, values, where=str(path))
+
+
+def _append(path: Path, record: Any) -> None:
+    torn = path.is_file() and not path.read_bytes().endswith(b"\n")  # the last line was cut short by a stop
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if torn else "") + json.dumps(to_dict(record)) + "\n")
