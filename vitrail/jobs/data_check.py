@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,12 +91,12 @@ class DataReport:
         total = sum(self.pictures.values())
         said = [
             (self.unreadable, f"{len(self.unreadable)} of {total} pictures cannot be read."),
-            (self.leaks, f"{len(self.leaks)} pictures lie in more than one split: scores would be too good."),
-            (self.conflicts, f"{len(self.conflicts)} pictures lie in more than one class."),
-            (self.duplicates, f"{len(self.duplicates)} pictures occur more than once."),
-            (self.tiny, f"{len(self.tiny)} pictures are tiny (short side below {TINY})."),
-            (self.huge, f"{len(self.huge)} pictures are huge (above {HUGE / 1e6:g} million pixels)."),
-            (self.thin, f"{len(self.thin)} classes have a single training picture."),
+            (self.leaks, f"In more than one split: {_count(self.leaks)}; scores would be too good."),
+            (self.conflicts, f"In more than one class: {_count(self.conflicts)}."),
+            (self.duplicates, f"More than once: {_count(self.duplicates)}."),
+            (self.tiny, f"Tiny (short side below {TINY} pixels): {_count(self.tiny)}."),
+            (self.huge, f"Huge (above {HUGE / 1e6:g} million pixels): {_count(self.huge)}."),
+            (self.thin, f"With a single training picture: {_count(self.thin, 'class', 'classes')}."),
             (self.absent, f"Classes without a picture in a split: {', '.join(self.absent[:5])}."),
             (
                 self.imbalance > UNEVEN,
@@ -139,6 +139,10 @@ def check(
     report = DataReport(**{**vars(report), "files": (str(written), str(sheet))})
     _write(written, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
     return report
+
+
+def _count(found: Sequence[Any], one: str = "picture", many: str = "pictures") -> str:
+    return f"{len(found)} {one if len(found) == 1 else many}"
 
 
 def _write(path: Path, text: str) -> None:
