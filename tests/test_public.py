@@ -11,7 +11,7 @@ from vitrail import runs
 from vitrail.cli import flags
 from vitrail.cli.main import COMMANDS
 
-PUBLIC = ["Predictor", "create_model", "from_pretrained", "is_model", "list_models"]
+PUBLIC = ["Explainer", "Predictor", "create_model", "explain", "from_pretrained", "is_model", "list_models"]
 
 RECORDS = [getattr(runs, command.record) for command in COMMANDS]
 

@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vitrail.explain.explainer import Explainer as Explainer
+    from vitrail.explain.explainer import explain as explain
     from vitrail.models.registry import create_model as create_model
     from vitrail.models.registry import from_pretrained as from_pretrained
     from vitrail.models.registry import is_model as is_model
@@ -18,14 +20,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Explainer": "vitrail.explain.explainer",
     "Predictor": "vitrail.predict",
     "create_model": "vitrail.models.registry",
+    "explain": "vitrail.explain.explainer",
     "from_pretrained": "vitrail.models.registry",
     "is_model": "vitrail.models.registry",
     "list_models": "vitrail.models.registry",
 }
 
-__all__ = sorted(["Predictor", "create_model", "from_pretrained", "is_model", "list_models"])
+__all__ = sorted(["Explainer", "Predictor", "create_model", "explain", "from_pretrained", "is_model", "list_models"])
 
 
 def __getattr__(name: str) -> Any:

@@ -21,7 +21,15 @@ from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, suggestion
 from vitrail.explain.faithfulness import CONTROLS, FILLS, Score, centre_map, random_map, score_maps
 from vitrail.explain.heat import Heat
-from vitrail.explain.methods import METHODS, Options, choose, default_method, heat_of, methods_for
+from vitrail.explain.methods import (
+    METHODS,
+    Options,
+    check_options,
+    choose,
+    default_method,
+    heat_of,
+    methods_for,
+)
 from vitrail.explain.occlusion import finest_stride, region_grid
 from vitrail.explain.overlay import Pixels, on_picture, overlay
 from vitrail.explain.still import held_still
@@ -94,6 +102,8 @@ class Explanation:
     def caution(self) -> str:
         """What must be said aloud beside the map; empty where there is nothing."""
         said = []
+        if float(self.heat.values.max()) == float(self.heat.values.min()):
+            said.append("the map is the same everywhere: the method found nothing to tell places apart by")
         if not self.class_specific:
             said.append(
                 f"{self.method} does not know classes: it shows where the model looks, not why {self.label}"
@@ -226,7 +236,8 @@ class Explainer:
             UnsupportedError: the method is not defined for this model.
         """
         options = Options(layer=layer, head=head, token=token, steps=steps, grid=self.regions)
-        method = choose(self.network, method, options)
+        method = choose(self.network, method)
+        check_options([method], options)
         name = name or (os.fspath(image) if isinstance(image, str | os.PathLike) else "image")
         picture = decode(_array(image), name=name)
         pixels = self.preprocess(picture)

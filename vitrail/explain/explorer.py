@@ -13,7 +13,7 @@ from importlib import resources
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.data.transforms import normalise
 from vitrail.explain.attention import Look, explicit
@@ -21,6 +21,7 @@ from vitrail.explain.explainer import Explainer, Explanation
 from vitrail.explain.overlay import png, shares
 from vitrail.explain.places import covering
 from vitrail.explain.still import held_still
+from vitrail.nn.entry import PrefixTokens
 
 MOST_BYTES = 8_000_000
 """Numbers of attention in one page, a byte each; finer grids are averaged until they fit."""
@@ -109,7 +110,24 @@ def layers(explainer: Explainer, found: Explanation) -> list[dict[str, Any]]:
         explainer.network(images)
     while finest > 4 and sum(_size(look, finest) for look in recorded.looks) > MOST_BYTES:
         finest -= 1
-    return [_layer(look, finest) for look in recorded.looks]
+    names = token_names(explainer.network)
+    return [_layer(look, finest, names) for look in recorded.looks]
+
+
+def token_names(network: nn.Module) -> list[str]:
+    """What the tokens before the patches are called, in their order."""
+    words = {"cls": "class token", "dist": "distillation token", "distillation": "distillation token"}
+    names: list[str] = []
+    for module in network.modules():
+        if isinstance(module, PrefixTokens):
+            for name in module.names:
+                count = int(getattr(module, name).shape[1])
+                called = words.get(name, name)
+                if name == "tokens":  # PiT keeps both in one table
+                    names += ["class token", "distillation token"][:count]
+                else:
+                    names += [called] if count == 1 else [f"{called} {number + 1}" for number in range(count)]
+    return names
 
 
 def _coarse(look: Look, finest: int) -> tuple[Tensor, Tensor]:
@@ -128,7 +146,7 @@ def _size(look: Look, finest: int) -> int:
     return int(look.weights.shape[1] * queries * (look.keys.prefix + cells))
 
 
-def _layer(look: Look, finest: int) -> dict[str, Any]:
+def _layer(look: Look, finest: int, names: list[str]) -> dict[str, Any]:
     """Weights between cells of the shown grid: means over the askers of a cell, sums over those it asks."""
     rows, columns = _coarse(look, finest)
     weights = look.weights[0].float().cpu()  # [H, N, M]
@@ -152,6 +170,7 @@ def _layer(look: Look, finest: int) -> dict[str, Any]:
         "grid": list(look.grid),
         "place": [scale_y, scale_x, look.placement.shift_y, look.placement.shift_x],
         "heads": asked.shape[0],
+        "tokens": names[: look.prefix],
         "prefix": look.prefix,
         "queries": asked.shape[1],
         "keyPrefix": look.keys.prefix,

@@ -127,11 +127,11 @@ def default_method(network: nn.Module) -> str:
     return "gradcam" if METHODS["relevance"].lacking(network) else "relevance"
 
 
-def choose(network: nn.Module, method: str, options: Options) -> str:
+def choose(network: nn.Module, method: str) -> str:
     """The method that a name means ("auto" too).
 
-    Raises ConfigError for an unknown name or an option that the method does not take, UnsupportedError where the
-    method is not defined for the network, with those that are.
+    Raises ConfigError for an unknown name, UnsupportedError where the method is not defined for the network, with
+    those that are.
     """
     if method == "auto":
         method = default_method(network)
@@ -146,13 +146,17 @@ def choose(network: nn.Module, method: str, options: Options) -> str:
         raise UnsupportedError(
             f"{method} is not defined for {name}: {lacking}. These are: {', '.join(methods_for(network))}."
         )
+    return method
+
+
+def check_options(methods: Sequence[str], options: Options) -> None:
+    """Raise ConfigError for an option that was given and that none of the methods takes."""
     default = Options()
     for field in ("layer", "head", "token", "steps"):
-        if getattr(options, field) != getattr(default, field) and field not in METHODS[method].takes:
-            takers = [name for name, other in METHODS.items() if field in other.takes]
-            raise ConfigError(f"{method} takes no {field}; {' and '.join(takers)} does." if len(takers) == 1
-                              else f"{method} takes no {field}; {', '.join(takers)} do.")  # fmt: skip
-    return method
+        given = getattr(options, field) != getattr(default, field)
+        if given and not any(field in METHODS[method].takes for method in methods):
+            takers = ", ".join(name for name, other in METHODS.items() if field in other.takes)
+            raise ConfigError(f"{' and '.join(methods)} take no {field}; {field} goes with: {takers}.")
 
 
 def heat_of(
@@ -163,4 +167,4 @@ def heat_of(
     options: Options,
 ) -> Heat:
     """One method's maps for a batch of normalised images and one class an image."""
-    return METHODS[choose(network, method, options)].run(network, images, targets, options)
+    return METHODS[choose(network, method)].run(network, images, targets, options)

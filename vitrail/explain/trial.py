@@ -89,7 +89,7 @@ def trial(
     Raises ConfigError and UnsupportedError as `methods.choose` does.
     """
     options = options or Options(grid=explainer.regions)
-    methods = [choose(explainer.network, method, options) for method in methods]
+    methods = [choose(explainer.network, method) for method in methods]
     network, regions = explainer.network, explainer.regions
     found: dict[Fill, dict[str, list[Score]]] = {
         fill: {name: [] for name in (*methods, *CONTROLS)} for fill in FILLS

@@ -23,7 +23,7 @@ from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation
 from vitrail.explain.explorer import explorer
 from vitrail.explain.faithfulness import forwards
-from vitrail.explain.methods import METHODS, Options, choose
+from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
 from vitrail.explain.still import held_still
 from vitrail.explain.trial import Trial, cost, trial
@@ -109,7 +109,9 @@ def _methods(names: Sequence[str], explainer: Explainer, options: Options, usual
     names = names or usual
     if "all" in names:
         names = explainer.methods
-    return list(dict.fromkeys(choose(explainer.network, name, options) for name in names))
+    chosen = list(dict.fromkeys(choose(explainer.network, name) for name in names))
+    check_options(chosen, options)
+    return chosen
 
 
 def _explained(

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import vitrail
+from tests.explain.families import tiny
+from vitrail.cli.main import main
+from vitrail.errors import ConfigError
+from vitrail.explain.explainer import Explainer
+from vitrail.explain.explorer import explorer
+
+LABELS = ("ant", "bee", "cat", "dog", "elk")
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    pixels = np.random.default_rng(0).integers(0, 255, (60, 90, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((300, 200)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    model = tiny("vit")
+    model.card = dataclasses.replace(model.card, labels=LABELS)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_one_call_gives_a_map_over_the_picture(folder: Path, photo: Path) -> None:
+    found = vitrail.explain(folder, photo, target="cat", score=True)
+    assert (found.method, found.label, found.target, found.class_specific) == ("relevance", "cat", 2, True)
+    assert found.overlay().shape == (200, 300, 3)
+    assert found.values.shape == (4, 4) and found.values.dtype == np.float32
+    assert set(found.faithfulness) == {"mean", "blur"}
+    assert set(found.controls["mean"]) == {"random", "centre"}
+    record = json.loads(json.dumps(found.to_dict()))
+    assert record["label"] == "cat" and record["predicted"] in LABELS
+    cell = record[
+        "cell"
+    ]  # the middle of the grid is the picture's, but for the pixel that no crop of 3 can halve
+    y, x = cell["scale_y"] * 2 + cell["shift_y"], cell["scale_x"] * 2 + cell["shift_x"]
+    assert (y, x) == pytest.approx((100, 150), abs=0.51 * cell["scale_y"] / 8)
+
+
+def test_what_it_is_called_with_may_be_anything_a_picture_can_be(folder: Path, photo: Path) -> None:
+    explainer = Explainer(folder)
+    image = Image.open(photo).convert("RGB")
+    array = np.asarray(image)
+    maps = [
+        explainer(given, 1, "rollout").values
+        for given in (
+            photo,
+            photo.read_bytes(),
+            image,
+            array,
+            torch.from_numpy(array.copy()).permute(2, 0, 1),
+        )
+    ]
+    assert all(np.array_equal(maps[0], other) for other in maps)
+
+
+def test_rollout_says_that_it_does_not_know_classes(folder: Path, photo: Path) -> None:
+    found = Explainer(folder)(photo, "bee", "rollout")
+    assert not found.class_specific
+    assert "does not know classes" in found.caution
+    assert np.array_equal(found.values, Explainer(folder)(photo, "dog", "rollout").values)
+
+
+def test_a_map_that_is_the_same_everywhere_says_so(folder: Path, photo: Path) -> None:
+    explainer = Explainer(folder)
+    torch.nn.init.zeros_(explainer.network.head.linear.weight)
+    assert "the same everywhere" in explainer(photo, method="relevance").caution
+
+
+def test_an_unknown_class_is_answered_with_those_near(folder: Path, photo: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean cat"):
+        vitrail.explain(folder, photo, target="cta")
+    with pytest.raises(ConfigError, match="'9' is no class"):
+        vitrail.explain(folder, photo, target="9")
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "cait", "pvt", "swin", "t2t", "nonlocal"])
+def test_the_page_holds_every_layer_and_asks_for_nothing(family: str, photo: Path) -> None:
+    import base64
+    import re
+
+    explainer = Explainer(tiny(family))
+    found = explainer(photo)
+    text = explorer(explainer, [found])
+    assert not re.search(r"(src|href)\s*=\s*[\"']?(https?:)?//", text)
+    data = json.loads(re.search(r'id="data">(.*?)</script>', text, re.S)[1])
+    assert len(data["layers"]) == sum(hasattr(part, "mix") for part in explainer.network.modules())
+    for layer in data["layers"]:
+        size = layer["heads"] * layer["queries"] * layer["keys"]
+        values = np.frombuffer(base64.b64decode(layer["data"]), np.uint8)
+        assert len(values) == size
+        if family != "nonlocal":
+            rows = ((values / 255.0) ** 2 * layer["most"]).reshape(-1, layer["keys"]).sum(1)
+            assert np.all(rows < 1.05)
+            if family != "swin":  # its padding takes a share
+                assert np.allclose(rows, 1, atol=0.05)
+
+
+def test_the_command_writes_maps_records_and_the_page(
+    folder: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    flags = ["--class", "bee", "--method", "relevance", "rollout", "--score", "--output", str(out)]
+    assert main(["explain", str(folder), str(photo), *flags]) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "relevance.png", "relevance.npy", "rollout.png", "rollout.npy", "explanation.json", "explain.html",
+    }  # fmt: skip
+    assert np.load(out / "relevance.npy").shape == (4, 4)
+    with Image.open(out / "relevance.png") as drawn:
+        assert drawn.size == (300, 200)
+    told = capsys.readouterr()
+    assert "scoring costs about 368 forward passes" in told.err
+    assert "relevance" in told.out and "bee" in told.out
+    assert main(["explain", str(folder), str(photo), "--method", "nothing"]) == 2
+    assert "method must be one of" in capsys.readouterr().err
+
+
+def test_the_command_puts_methods_on_trial_over_a_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny("vit")
+    model.save_pretrained(tmp_path / "model")
+    arguments = [
+        "--score",
+        "--samples",
+        "4",
+        "--method",
+        "rollout",
+        "gradcam",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(["explain", str(tmp_path / "model"), "digits", *arguments]) == 0
+    record = json.loads((tmp_path / "out" / "faithfulness.json").read_text())
+    assert record["images"] == 4
+    assert {row["method"] for row in record["tables"]["blur"]} == {"rollout", "gradcam", "random", "centre"}
+    assert "the trial costs about" in capsys.readouterr().err
+
+
+def test_inspect_draws_what_there_is(
+    folder: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(folder), str(photo), "--output", str(tmp_path / "figures")]) == 0
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"filters.png", "positions.png", "distance.png", "heads.png", "norms.png", "inspect.json"}
+    record = json.loads((tmp_path / "figures" / "inspect.json").read_text())
+    assert len(record["heads"]) == 4 and record["pictures"] == 1
+    assert "attention sinks" in capsys.readouterr().out
+    assert main(["inspect", str(folder), "--output", str(tmp_path / "bare")]) == 0
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == {
+        "filters.png",
+        "positions.png",
+        "inspect.json",
+    }
