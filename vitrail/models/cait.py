@@ -26,7 +26,7 @@ from vitrail.nn.init import init_trunc_normal, skip_on_meta
 from vitrail.nn.position import LearnedPosition
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 EPS = 1e-6
 """Added to the variance in every layer norm."""
@@ -147,12 +147,12 @@ TINY = Config(
     num_classes=5,
 )  # fmt: skip
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
-        preprocessing=Preprocessing(input_size=config.img_size, crop_pct=1.0, **IMAGENET),
+        preprocessing=Preprocessing(
+            input_size=config.img_size, mean=IMAGENET_MEAN, std=IMAGENET_STD, crop_pct=1.0
+        ),
         notes="Ours, for small pictures; no paper has it." if config.img_size == (32, 32) else "",
     )
     for name, config in VARIANTS.items()

@@ -13,7 +13,7 @@ Numerics: layer norm eps 1e-6, exact GELU, F = 4 D everywhere, also in giant and
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -30,7 +30,7 @@ from vitrail.nn.init import init_trunc_normal, skip_on_meta
 from vitrail.nn.position import LearnedPosition
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 EPS = 1e-6
 """Added to the variance in every layer norm."""
@@ -120,10 +120,15 @@ def _block(config: Config, drop_path: float) -> Block | ParallelBlock:
         )
         for _ in range(config.parallel)
     ]
-    common = {"layer_scale": config.layer_scale, "drop_path": drop_path, "dropout": config.drop_rate}
+    common: dict[str, Any] = {
+        "eps": EPS,
+        "layer_scale": config.layer_scale,
+        "drop_path": drop_path,
+        "dropout": config.drop_rate,
+    }
     if config.parallel == 1:
-        return Block(config.width, mixers[0], config.hidden, eps=EPS, **common)
-    return ParallelBlock(config.width, mixers, config.hidden, eps=EPS, **common)
+        return Block(config.width, mixers[0], config.hidden, **common)
+    return ParallelBlock(config.width, mixers, config.hidden, **common)
 
 
 _SIZES = {
@@ -213,15 +218,14 @@ TINY = Config(
     img_size=(32, 32), patch_size=(8, 8), width=32, depth=2, heads=2, hidden=64, num_classes=5, distilled=True
 )
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
         preprocessing=Preprocessing(
             input_size=config.img_size,
             crop_pct=0.9 if config.position_on_prefix and config.img_size == (224, 224) else 1.0,
-            **IMAGENET,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
         ),
         notes="Ours, for small pictures; no paper has it." if config.img_size == (32, 32) else "",
     )

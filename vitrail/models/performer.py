@@ -29,7 +29,7 @@ from vitrail.nn.performer import Form, Kernel, RandomFeatures, Redraw
 from vitrail.nn.position import LearnedPosition
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 ACCEPTS = {"vit", "deit"}
 """Families whose saved folders load into a Performer."""
@@ -138,13 +138,14 @@ TINY = Config(
     img_size=(32, 32), patch_size=(8, 8), width=32, depth=2, heads=2, hidden=64, features=32, num_classes=5
 )
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
         preprocessing=Preprocessing(
-            input_size=config.img_size, crop_pct=1.0 if config.img_size == (32, 32) else 0.9, **IMAGENET
+            input_size=config.img_size,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            crop_pct=1.0 if config.img_size == (32, 32) else 0.9,
         ),
         notes="No official configuration exists: ViT's size with FAVOR+ attention.",
     )

@@ -35,7 +35,7 @@ from vitrail.nn.performer import T2T_KERNEL, RandomFeatures
 from vitrail.nn.position import LearnedPosition, sincos_1d
 from vitrail.nn.shapes import Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 AVERAGED = True
 """The published files hold the last weights and their average; the scores are those of the average."""
@@ -255,13 +255,14 @@ TINY = Config(
     img_size=(32, 32), width=32, depth=2, heads=2, hidden=64, token_width=16, token_features=8, num_classes=5
 )
 
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
-
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
         preprocessing=Preprocessing(
-            input_size=config.img_size, crop_pct=1.0 if config.img_size == (32, 32) else 0.9, **IMAGENET
+            input_size=config.img_size,
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
+            crop_pct=1.0 if config.img_size == (32, 32) else 0.9,
         ),
         notes="Ours, for small pictures; no paper has it." if config.img_size == (32, 32) else "",
     )

@@ -114,7 +114,8 @@ class ClassAttention(nn.Module):
         return self._split(self.query(prefix)), self._split(self.key(tokens))
 
     def _split(self, tokens: Tensor) -> Tensor:
-        return tokens.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, N, E]
+        heads: Tensor = tokens.unflatten(2, (self.heads, -1))  # [B, N, H, E]
+        return heads.transpose(1, 2)  # [B, H, N, E]
 
     def _merge(self, heads: Tensor) -> Tensor:
         out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, P, D]

@@ -63,7 +63,9 @@ class Kernel:
         if self.stabilised:
             # a factor of a query's own, or of all keys together, leaves the rows that it is divided out of alone
             exponents = exponents - scores.amax(dim=(-2, -1) if keys else -1, keepdim=True).detach()
-        return (exponents.exp() + self.epsilon) * projection.shape[0] ** -0.5
+        ratio = float(projection.shape[0]) ** -0.5
+        features: Tensor = (exponents.exp() + self.epsilon) * ratio
+        return features
 
 
 T2T_KERNEL = Kernel(epsilon=0.0, scaled=False, stabilised=False, guard=1e-8)
@@ -195,8 +197,9 @@ def draw_projection(
     directions = orthogonal_rows(torch.randn(blocks, width, width, generator=generator))
     directions = directions.flatten(0, 1)[:rows]  # [M, E]
     if lengths == "chi":
-        return directions * torch.randn(rows, width, generator=generator).norm(dim=1, keepdim=True)
-    return directions * (width if lengths == "width" else rows) ** 0.5
+        norms: Tensor = torch.linalg.vector_norm(torch.randn(rows, width, generator=generator), dim=1)
+        return directions * norms[:, None]
+    return directions * math.sqrt(width if lengths == "width" else rows)
 
 
 def orthogonal_rows(gaussian: Float[Tensor, "*B E E"]) -> Float[Tensor, "*B E E"]:
@@ -206,8 +209,9 @@ def orthogonal_rows(gaussian: Float[Tensor, "*B E E"]) -> Float[Tensor, "*B E E"
     which takes a bias of up to 15 % from the kernel along (1, ..., 1).
     """
     q, r = torch.linalg.qr(gaussian)
-    signs = r.diagonal(dim1=-2, dim2=-1).sign()
-    return (q * signs.unsqueeze(-2)).transpose(-2, -1)
+    signs: Tensor = r.diagonal(dim1=-2, dim2=-1).sign()
+    rows: Tensor = (q * signs.unsqueeze(-2)).transpose(-2, -1)
+    return rows
 
 
 def default_features(width: int) -> int:

@@ -21,6 +21,9 @@ CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Names of resampling filters, at the numbers that Pillow and transformers give them."""
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's training pictures, per channel: what most families' weights expect."""
+
 FORMAT = 1
 """Version of the part of `config.json` under `"vitrail"`."""
 
@@ -268,8 +271,8 @@ def _preprocessing(view: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
         channels, rows, columns = wanted.get("input_size", (3, 224, 224))
         return Preprocessing(
             input_size=(int(rows), int(columns)),
-            mean=tuple(float(value) for value in wanted.get("mean", (0.485, 0.456, 0.406))),
-            std=tuple(float(value) for value in wanted.get("std", (0.229, 0.224, 0.225))),
+            mean=tuple(float(value) for value in wanted.get("mean", IMAGENET_MEAN)),
+            std=tuple(float(value) for value in wanted.get("std", IMAGENET_STD)),
             interpolation=wanted.get("interpolation", "bicubic"),
             crop_pct=float(wanted.get("crop_pct", 0.875)),
             crop_mode=wanted.get("crop_mode", "center"),
