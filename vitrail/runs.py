@@ -88,6 +88,8 @@ class TrainRun:
     """Learning rate at the end of the course."""
     clip_grad: float | None = None
     """Largest norm of the gradient (0 = no clipping)."""
+    loss: Literal["ce", "bce"] = "ce"
+    """Cross-entropy over the classes, or binary cross-entropy of each (DeiT III; without smoothing)."""
     smoothing: float | None = None
     """Label smoothing, 0..1."""
     model_ema: float | None = None

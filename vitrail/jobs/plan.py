@@ -96,10 +96,15 @@ def find_recipe(name: str) -> Path:
         return Path(name)
     home = Path(__file__).parents[1] / "recipes"
     folders = [home, home.parents[1] / "recipes"]  # in a wheel, and in a checkout
-    shipped = {path.stem: path for folder in folders for path in sorted(folder.glob("*.toml"))}
+    shipped = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for folder in folders
+        for path in sorted(folder.rglob("*.toml"))
+    }
     if name in shipped:
         return shipped[name]
-    near = suggestion(name, shipped) or f" The recipes are: {', '.join(shipped)}."
+    ours = ", ".join(found for found in shipped if "/" not in found)
+    near = suggestion(name, shipped) or f" The recipes are: {ours}, and the papers' under papers/."
     raise ConfigError(f"There is no recipe {name}.{near}")
 
 
@@ -210,7 +215,8 @@ def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
         yield Choice(fields=fields, reason="a linear layer on fixed features needs none")
         return
     long_enough = (run.epochs or 0) >= 20
-    smoothing, drop = (0.1, 0.1) if long_enough else (0.1, 0.0)
+    drop = 0.1 if long_enough else 0.0
+    smoothing = 0.0 if run.loss == "bce" else 0.1  # smoothed, every class would count as present
     yield Choice(fields={"drop_path": drop, "smoothing": smoothing}, reason="against learning by heart")
     yield Choice(fields={"model_ema": _average(run, facts)}, reason="weights averaged over two epochs")
     if _from_scratch(run) and long_enough and not facts.digits:
@@ -230,7 +236,7 @@ def _average(run: TrainRun, facts: Facts) -> float:
 def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     if run.freeze == "backbone":
         fields = {"crop": "none", "hflip": 0.0, "aa": "none", "reprob": 0.0, "color_jitter": 0.0}
-        yield Choice(fields=fields, reason="unchanged pictures: their features are computed once")
+        yield Choice(fields=fields, reason="a linear layer learns from pictures as they are")
     elif facts.side <= 80 and _from_scratch(run):
         yield Choice(fields={"crop": "pad"}, reason="small pictures are shifted, not zoomed into")
     else:

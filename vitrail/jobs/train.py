@@ -98,7 +98,11 @@ class _Job:
         for choice in choices:
             self.say(Note(text=str(choice), kind="choice"))
         self.data = pictures.decode_once(self.data, self.say)
-        self.task = Classify(self.data.classes, smoothing=self.run.smoothing or 0.0)
+        self.task = Classify(
+            self.data.classes,
+            smoothing=self.run.smoothing or 0.0,
+            objective="sigmoid" if self.run.loss == "bce" else "softmax",
+        )
 
     def go(self) -> TrainResult:
         run, runtime = self.run, self.runtime
