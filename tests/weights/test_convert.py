@@ -123,8 +123,8 @@ def test_what_cannot_be_kept_is_refused_and_nothing_is_written(npz: Path, tmp_pa
 
 
 def test_a_grid_that_is_not_square_must_be_told(tmp_path: Path) -> None:
-    model = from_config(NAME, variant(NAME, depth=1, img_size=(32, 48), num_classes=2))
+    model = from_config(NAME, variant(NAME, img_size=(32, 48), num_classes=2))
     model.save_pretrained(tmp_path / "told")
     run(tmp_path / "told", tmp_path / "vit.npz", "google", model=None)
-    with pytest.raises(WeightsError):
+    with pytest.raises(WeightsError, match="nothing says for which image or patch size"):
         run(tmp_path / "vit.npz", tmp_path / "ours", "vitrail")

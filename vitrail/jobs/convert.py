@@ -156,8 +156,9 @@ def _sized(module: ModuleType, name: str, config: Any, state: Mapping[str, Tenso
             changes["in_chans"] = have[1]
         elif fit == "positions" and len(have) == 3:
             prefix = int(context.get("prefix", 0))
-            scale = math.sqrt((have[1] - prefix) / (shape[1] - prefix))
-            changes["img_size"] = tuple(round(side * scale) for side in config.img_size)
+            new, old = math.isqrt(have[1] - prefix), math.isqrt(shape[1] - prefix)
+            if new**2 == have[1] - prefix and old**2 == shape[1] - prefix:
+                changes["img_size"] = tuple(side * new // old for side in config.img_size)
     config = registry.changed(config, **changes) if changes else config
     for key, shape in loading.shapes_of(name, config).items():
         if tuple(state[key].shape) != shape:
