@@ -194,7 +194,7 @@ def _network(model: str, img_size: tuple[int, int] | None) -> Any:
     """A network by name, or that of a folder, with random weights: speed does not depend on them."""
     changes: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     if Path(model).exists():
-        from vitrail.engines.pytorch import model_folder
+        from vitrail.weights.folder import model_folder
 
         with torch.device("cpu"):
             kept = registry.from_pretrained(model_folder(model))

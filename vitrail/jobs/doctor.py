@@ -6,6 +6,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -17,11 +18,6 @@ import vitrail
 from vitrail.runs import DoctorRun
 
 Status = Literal["ok", "note", "broken"]
-NEEDED = (
-    *("numpy", "pillow", "safetensors", "jaxtyping", "rich"),
-    *("torchmetrics", "scikit-learn", "scipy", "matplotlib", "tensorboard"),
-)
-EXTRAS = {"timm": "peers", "transformers": "peers"}
 MATCHED = "Take both at one time from one index: pip install --force-reinstall torch torchvision"
 GIGABYTE = 1024**3
 
@@ -93,14 +89,28 @@ def _torchvision() -> Iterator[Finding]:
 
 
 def _packages() -> Iterator[Finding]:
-    for name in NEEDED:
-        version = _version(name)
-        cure = "" if version else f"pip install {name}"
-        yield Finding(name, "ok" if version else "broken", version or "not installed", cure)
-    for name, extra in EXTRAS.items():
-        version = _version(name)
-        cure = "" if version else f"Only for comparisons: pip install 'vitrail[{extra}]'"
-        yield Finding(name, "ok" if version else "note", version or "not installed", cure)
+    """What vitrail's own metadata asks for; torch and torchvision are looked at above."""
+    try:
+        asked = importlib.metadata.requires("vitrail") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding("packages", "note", "vitrail runs from its source, not installed", "pip install -e .")
+        return
+    for line in asked:
+        needed = re.match(r"[\w.-]+", line)
+        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        if (
+            needed is None
+            or needed[0] in ("torch", "torchvision", "vitrail")
+            or (extra and extra[1] == "dev")
+        ):
+            continue
+        name, version = needed[0], _version(needed[0])
+        if version is not None:
+            yield Finding(name, "ok", version)
+        elif extra is not None:
+            yield Finding(name, "note", "not installed", f"Only if needed: pip install 'vitrail[{extra[1]}]'")
+        else:
+            yield Finding(name, "broken", "not installed", f"pip install {name}")
 
 
 def _processor() -> Iterator[Finding]:
