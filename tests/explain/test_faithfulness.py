@@ -131,7 +131,7 @@ def test_a_method_that_knows_nothing_gets_a_warning() -> None:
         "mean",
     )
     warnings = {row.method: row.warning for row in rows}
-    assert [row.method for row in rows][0] == "good"
+    assert next(row.method for row in rows) == "good"
     assert warnings["good"] == "" and warnings["random"] == ""
     assert warnings["noise"] == "no better than a random map"
     assert warnings["weak"] == "no better than pointing at the middle"

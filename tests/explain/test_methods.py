@@ -97,7 +97,7 @@ def test_an_undefined_pair_says_what_works() -> None:
         heat_of(tiny("vit"), pictures(tiny("vit")), [0, 0], "attention", Options(layer=7))
     with pytest.raises(ConfigError, match="heads 0 to 1"):
         heat_of(tiny("vit"), pictures(tiny("vit")), [0, 0], "attention", Options(head=5))
-    with pytest.raises(ConfigError, match="before the patches .class, 0.; got 'distillation'"):
+    with pytest.raises(ConfigError, match=r"before the patches .class, 0.; got 'distillation'"):
         heat_of(tiny("vit"), pictures(tiny("vit")), [0, 0], "rollout", Options(token="distillation"))
     with pytest.raises(ConfigError, match="no longer depends"):
         gradcam(tiny("vit"), pictures(tiny("vit")), [0, 0], layer=-1)

@@ -62,7 +62,8 @@ def test_every_layer_can_be_looked_at(browser: Any, family: str, tmp_path: Path)
     words = set()
     for number in range(layers):
         page.evaluate(
-            f"() => {{ const l = document.getElementById('layer'); l.value = {number}; l.dispatchEvent(new Event('input')); }}"
+            "(n) => { const l = document.getElementById('layer'); l.value = n; l.dispatchEvent(new Event('input')); }",
+            number,
         )
         page.hover("#picture", position={"x": 30, "y": 40})
         words.add(page.inner_text("#lookswords"))

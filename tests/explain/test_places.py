@@ -81,7 +81,7 @@ def test_entries_put_each_cell_over_the_middle_of_what_reaches_it(
                 made_of = torch.nonzero(axis.matrix[number])[:, 0]
                 assert (int(made_of[0]), int(made_of[-1])) == box
                 assert float(axis.matrix[number].sum()) == pytest.approx(1)
-                if 0 < box[0] and box[1] < size - 1:
+                if box[0] > 0 and box[1] < size - 1:
                     middle = (box[0] + box[1] + 1) / 2
                     assert axis.scale * (number + 0.5) + axis.shift == pytest.approx(middle, abs=0.51)
 
@@ -103,7 +103,7 @@ def test_residual_networks_put_each_cell_over_the_middle_of_what_reaches_it(fami
     placement = found[Grid(*map.shape[2:])]
     levels = model.levels[-1]
     assert (placement.scale_y, placement.scale_x) == (levels.stride, levels.stride)
-    interior = [row for row in range(map.shape[2])]
+    interior = list(range(map.shape[2]))
     checked = 0
     for row in interior:
         top, bottom = support(image, map[:, :, row, row])[0]
@@ -184,5 +184,5 @@ def test_cells_between_whose_middles_a_place_lies_share_it() -> None:
     heat = Heat(values=torch.tensor([[[0.0, 4.0]]]), placement=Placement(8, 8), units="")
     assert heat.at(torch.tensor([4.0]), torch.tensor([4.0, 6.0, 8.0, 12.0]))[0, 0].tolist() == [0, 1, 2, 4]
     assert heat.at(torch.tensor([4.0]), torch.tensor([7.9, 8.1]), smooth=False)[0, 0].tolist() == [0, 4]
-    assert PIXELS == Placement(1, 1, 0, 0)
+    assert Placement(1, 1, 0, 0) == PIXELS
     assert pictures(tiny("vit")).shape[0] == 2

@@ -91,7 +91,9 @@ class Mosaic:
         order = torch.rand(count, 4, generator=generator).argsort(dim=1)  # tile of each class
         shown = torch.randint(1, 4, (count,), generator=generator) if not full else torch.full((count,), 4)
         present = torch.rand(count, 4, generator=generator).argsort(dim=1) < shown[:, None]  # [B, classes]
-        images = torch.randn(count, 1, side, side, generator=generator) * 0.2 - 1
+        images = (
+            torch.randn(count, 1, side, side, generator=generator) * 0.2
+        )  # 0 is the ground, as after normalising
         for number in range(count):
             for kind in torch.nonzero(present[number])[:, 0].tolist():
                 group, (row, column) = self.groups[kind], divmod(int(order[number, kind]), 2)
