@@ -30,7 +30,7 @@ from vitrail.nn.entry import Chain, Patchify, PrefixTokens
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_pvt_v2, init_trunc_normal, skip_on_meta
 from vitrail.nn.position import LearnedPosition
-from vitrail.nn.pyramid import OverlapPatch, conv_cells
+from vitrail.nn.pyramid import OverlapPatch
 from vitrail.nn.reduction import ConvMlp, SpatialReduction
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
@@ -90,26 +90,17 @@ def _check(config: Config) -> None:
         raise ModelError(
             f"PVT v1 has [CLS] in its last stage, whose reduction must be 1; got {config.reductions}."
         )
-    if min(grids(config)[-1]) < 1:
+    if config.version == 1 and min(position_grid(config, stages - 1)) < 1:
         smallest = config.patch_size * 2 ** (stages - 1)
         raise ModelError(
             f"img_size must be at least {smallest} a side for {stages} stages; got {config.img_size}."
         )
 
 
-def grids(config: Config) -> list[Grid]:
-    """The grid of every stage at the configured image size."""
-    found: list[Grid] = []
-    rows, columns = config.img_size
-    for stage in range(len(config.widths)):
-        stride = 2 if stage else config.patch_size
-        if config.version == 1:
-            rows, columns = rows // stride, columns // stride
-        else:
-            kernel = 2 * stride - 1
-            rows, columns = (conv_cells(size, kernel, stride, kernel // 2) for size in (rows, columns))
-        found.append(Grid(rows, columns))
-    return found
+def position_grid(config: Config, stage: int) -> Grid:
+    """The grid that v1's position table of a stage is made for."""
+    rows, columns = (size // config.patch_size >> stage for size in config.img_size)
+    return Grid(rows, columns)
 
 
 def build(config: Config) -> Classifier:
@@ -146,7 +137,7 @@ def _entry(config: Config, number: int) -> nn.Module:
     if last:
         parts["prefix"] = PrefixTokens(width, cls=1)
     parts["positions"] = LearnedPosition(
-        width, grids(config)[number], int(last), config.drop_rate, resampling="bilinear"
+        width, position_grid(config, number), int(last), config.drop_rate, resampling="bilinear"
     )
     return Chain(**parts)
 
@@ -172,7 +163,7 @@ def _block(config: Config, number: int, drop_path: float) -> Block:
 _WIDE = (64, 128, 320, 512)
 
 VARIANTS: dict[str, Config] = {
-    #                          version    D                                L                          E
+    #                                     D                           L
     "pvt_tiny":     Config(version=1, widths=_WIDE,                depths=(2, 2, 2, 2)),
     "pvt_small":    Config(version=1, widths=_WIDE,                depths=(3, 4, 6, 3)),
     "pvt_medium":   Config(version=1, widths=_WIDE,                depths=(3, 4, 18, 3)),
