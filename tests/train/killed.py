@@ -23,14 +23,15 @@ from vitrail.runs import TrainRun
 
 
 def pictures(folder: Path) -> None:
-    """48 training and 12 validation pictures of three classes: noise on a brightness."""
+    """48 training and 12 validation pictures of three classes: noise on red, green or blue."""
     generator = numpy.random.default_rng(0)
     for split, count in (("train", 16), ("val", 4)):
-        for number, name in enumerate(("dark", "grey", "light")):
+        for number, name in enumerate(("apple", "grass", "sky")):
             place = folder / split / name
             place.mkdir(parents=True)
             for index in range(count):
-                noise = generator.integers(0, 90, (16, 16, 3)) + 70 * number
+                noise = generator.integers(0, 120, (16, 16, 3))
+                noise[:, :, number] += 100
                 Image.fromarray(noise.astype(numpy.uint8)).save(place / f"{index:03d}.png")
 
 

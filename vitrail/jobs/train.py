@@ -17,7 +17,7 @@ from vitrail import config as records
 from vitrail.data.mix import Mix
 from vitrail.data.sources import Source
 from vitrail.data.transforms import normalise
-from vitrail.errors import TrainingError
+from vitrail.errors import ConfigError, TrainingError
 from vitrail.evaluate import evaluate
 from vitrail.jobs import plan as plans
 from vitrail.jobs import training_data as pictures
@@ -66,6 +66,7 @@ def train(run: TrainRun, reporter: Reporter | None = None) -> TrainResult:
     for what the caller can mend, TrainingError when the run cannot go on; its last checkpoint is then whole.
     """
     run = plans.with_recipe(run)
+    _check(run)
     runtime = open_runtime(run.device, run.precision, run.shard, run.deterministic)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -341,6 +342,18 @@ class _Job:
             f" {len(self.data.classes)} classes; {self.pace.steps:,} steps on {self.runtime.device}"
             f" in {self.runtime.precision}{processes}; into {self.folder}"
         )
+
+
+def _check(run: TrainRun) -> None:
+    """Raises ConfigError for numbers that no part of the run would notice before it is too late."""
+    least = {
+        "epochs": 1, "steps": 1, "batch_size": 1, "grad_accum_steps": 1, "aug_repeats": 1, "keep": 1, "seed": 0,
+        "workers": 0, "warmup_epochs": 0, "min_lr": 0, "clip_grad": 0, "eval_every": 0, "save_every": 0, "patience": 0,
+    }  # fmt: skip
+    for name, bound in least.items():
+        value = getattr(run, name)
+        if value is not None and not bound <= value < float("inf"):
+            raise ConfigError(f"{name} must be {bound} or more; got {value}.")
 
 
 def _default_folder(run: TrainRun) -> str:

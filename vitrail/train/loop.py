@@ -142,10 +142,11 @@ def examine(training: Training) -> Scores:
     place = training.place
     scores, weights = training.evaluate()
     set_training_mode(training)
-    value = scores[training.score]
-    best = place.best is None or value > place.best
+    value, loss = scores[training.score], scores.get("loss", 0.0)
+    best = place.best is None or place.best_loss is None or (value, -loss) > (place.best, -place.best_loss)
     if best:
-        place.best, place.best_step, place.evaluations_since_best = value, place.step, 0
+        place.best, place.best_loss = value, loss
+        place.best_step, place.evaluations_since_best = place.step, 0
         if training.keep_best is not None:
             training.keep_best(place)
     else:

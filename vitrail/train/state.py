@@ -49,6 +49,8 @@ class Place:
     skipped_in_a_row: int = 0
     best: float | None = None
     """The best validation score."""
+    best_loss: float | None = None
+    """The validation loss beside it, which decides between equal scores."""
     best_step: int | None = None
     evaluations_since_best: int = 0
     seconds: float = 0.0
