@@ -14,7 +14,6 @@ from PIL import Image
 
 import vitrail
 from vitrail.errors import UnsupportedError
-from vitrail.explain.capture import stages_of
 from vitrail.explain.page import page
 from vitrail.explain.poster import contrasted, poster
 from vitrail.explain.trace import Trace, trace
@@ -119,18 +118,49 @@ def test_the_flattened_patch_is_the_one_with_most_contrast() -> None:
 
 
 @pytest.mark.parametrize("family", sorted(registry.FAMILIES))
-def test_every_family_has_a_story_and_a_page_or_says_why_not(family: str) -> None:
+def test_every_family_has_a_story_and_a_page(family: str) -> None:
     module = registry._module(family)
     torch.manual_seed(0)
     network = registry.from_config(next(iter(module.VARIANTS)), module.TINY)
-    if not stages_of(network):
-        with pytest.raises(UnsupportedError, match="not made of stages"):
-            story(network)
-        return
     found = story(network, note="random weights")
     assert sum("block" in step.name for step in found.steps) == network.depth
     assert network.training
     check_page(page(found), found)
+
+
+@pytest.mark.parametrize("name", ["resnet20_32", "se_resnet20_32", "nonlocal_resnet20_32"])
+def test_a_convolutional_network_tells_its_own_steps(name: str) -> None:
+    torch.manual_seed(0)
+    network = vitrail.create_model(name)
+    found = story(network)
+    assert found.convolutional
+    steps = {step.name: step for step in found.steps}
+    assert steps["stage 1: stem"].shape == (32, 32, 32)
+    assert steps["stage 1: stem"].note == "3 × 3 convolution"
+    assert steps["stage 3: block 3"].shape == (8, 8, 128)
+    assert ("squeeze-and-excitation" in steps["stage 1: block 1"].note) == name.startswith("se_")
+    assert ("non-local" in steps["stage 2: block 2"].note) == name.startswith("nonlocal")
+    assert steps["mean vector"].shape == (128,) and "cells" in steps["mean vector"].note
+    gazes = {layer.name: layer.gaze for stage in found.stages for layer in stage.layers}
+    looking = [block for block, seen in gazes.items() if seen is not None and seen.kind == "attention"]
+    wanted = ["stage 2 block 2", "stage 3 block 2"] if name.startswith("nonlocal") else []
+    assert looking == wanted
+    for seen in gazes.values():
+        assert seen is not None and float(seen.maps.sum()) == pytest.approx(1.0, abs=1e-4)
+    data = check_page(page(found), found)
+    assert data["words"]["piece"] == "cell"
+
+
+def test_the_strength_of_a_block_is_where_its_map_is_large() -> None:
+    torch.manual_seed(0)
+    network = vitrail.create_model("resnet20_32").eval()
+    pixels = torch.full((3, 32, 32), 120, dtype=torch.uint8)
+    pixels[:, 20:26, 4:10] = torch.randint(0, 256, (3, 6, 6), dtype=torch.uint8)
+    found = trace(network, pixels, network.card.preprocessing, Classify(["a"] * 10))
+    gaze = found.stages[0].layers[0].gaze
+    assert gaze is not None
+    row, column = divmod(int(gaze.maps[0, 2:-2, 2:-2].argmax()), 28)
+    assert 17 <= row + 2 <= 28 and 1 <= column + 2 <= 12
 
 
 def check_page(text: str, found: Trace) -> dict[str, Any]:
@@ -174,6 +204,12 @@ def test_the_page_holds_hostile_names_as_text() -> None:
 )
 def test_the_poster_is_a_picture(changes: dict[str, Any]) -> None:
     with Image.open(io.BytesIO(poster(story(small(**changes), note="random weights")))) as image:
+        assert image.format == "PNG" and image.size[0] == 1540
+
+
+def test_the_poster_of_a_convolutional_network_is_a_picture() -> None:
+    torch.manual_seed(0)
+    with Image.open(io.BytesIO(poster(story(vitrail.create_model("nonlocal_resnet20_32"))))) as image:
         assert image.format == "PNG" and image.size[0] == 1540
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -109,6 +109,8 @@ class BlockRecord:
     """[B, N, D] after the block, prefix first."""
     mixers: tuple[MixerRecord, ...] = ()
     """Those whose weights can be written down; more than one where they stand side by side."""
+    module: nn.Module | None = None
+    """The block itself, where it hands on a map."""
 
     @property
     def prefix(self) -> int:
@@ -215,7 +217,7 @@ def _entry_record(
 
 @dataclass(kw_only=True)
 class Gaze:
-    """Where a block looks, over its grid."""
+    """Where a block looks, or where it answers most strongly, over its grid."""
 
     maps: Float[Tensor, "H h w"]
     """Share of each head's attention that each cell gets; a key made of several cells is shared out over them."""
@@ -223,6 +225,8 @@ class Gaze:
     """Share of each head's attention that goes to prefix tokens, or to the padding of windows."""
     token: bool
     """Whether it is the attention of the first prefix token ([CLS]); if not, the mean over all queries."""
+    kind: Literal["attention", "strength"] = "attention"
+    """strength is the root mean square over channels, as a share of the whole map: convolutions do not look."""
 
 
 def gaze(record: BlockRecord) -> Gaze | None:
@@ -237,6 +241,14 @@ def gaze(record: BlockRecord) -> Gaze | None:
     maps = torch.cat(found)  # [H, h, w]
     elsewhere = (1 - maps.sum(dim=(1, 2))).clamp(min=0)
     return Gaze(maps=maps, elsewhere=elsewhere, token=record.prefix > 0)
+
+
+def strength(record: BlockRecord) -> Gaze:
+    """How strongly a block answers at each place, for the first image, where there is no attention to show."""
+    cells = record.tokens[0, record.prefix :].detach().float().cpu()
+    values = cells.square().mean(dim=1).sqrt().unflatten(0, tuple(record.grid))  # [h, w]
+    maps = (values / values.sum().clamp_min(1e-12))[None]
+    return Gaze(maps=maps, elsewhere=torch.zeros(1), token=False, kind="strength")
 
 
 def _maps(mixer: MixerRecord, record: BlockRecord) -> Float[Tensor, "H h w"] | None:

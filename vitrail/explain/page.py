@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import html
 import io
 import json
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vitrail.explain.poster import contrasted, shortened, visible
 from vitrail.explain.trace import Layer, StageTrace, Trace
+from vitrail.explain.words import words
 
 MOST_CHANNELS = 192
 """Channels of the embeddings that the page draws; its caption says how many there are."""
@@ -24,11 +26,18 @@ def page(trace: Trace) -> str:
     template = resources.files("vitrail.explain").joinpath("trace.html").read_text(encoding="utf-8")
     best = trace.prediction.top[0]
     data = json.dumps(_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+    told = words(trace.convolutional)
     replaced = {
         "TITLE": html.escape(f"{trace.source} through {trace.model}"),
         "SUMMARY": html.escape(f"{trace.model} says {best.label}, {best.score:.1%}"),
         "NOTE": f'<p class="note">{html.escape(trace.note)}</p>' if trace.note else "",
         "STEPS": _rows(trace),
+        "CUT": told.cut,
+        "PIECE": told.piece,
+        "FLAT": told.flat,
+        "MADE": told.made,
+        "BLOCKS": told.blocks,
+        "CELLS": "cells" if trace.convolutional else "patch tokens",
         "DATA": data,
     }
     for name, text in replaced.items():
@@ -46,6 +55,7 @@ def _rows(trace: Trace) -> str:
 def _data(trace: Trace) -> dict[str, Any]:
     return {
         "image": _png(visible(trace.pixels)),
+        "words": dataclasses.asdict(words(trace.convolutional)),
         "channels": int(trace.pixels.shape[0]),
         "height": int(trace.pixels.shape[1]),
         "width": int(trace.pixels.shape[2]),
@@ -90,6 +100,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
         most = float(maps.max()) or 1.0
         view["gaze"] = {
             "token": layer.gaze.token,
+            "kind": layer.gaze.kind,
             "grid": list(maps.shape[1:]),
             "heads": int(maps.shape[0]),
             "most": most,

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from vitrail.explain.trace import Layer, Trace
+from vitrail.explain.words import words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,7 +55,7 @@ def poster(trace: Trace) -> bytes:
         _patches(bands[1], trace)
         _tokens(bands[2], trace)
         _attention(bands[3], trace, layers)
-        _components(bands[4], layers)
+        _components(bands[4], layers, trace.convolutional)
         _probabilities(bands[5], trace)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Title": f"{trace.model}: {trace.source}"})
@@ -84,7 +85,7 @@ def contrasted(trace: Trace) -> tuple[int, int]:
         .unflatten(1, (height, rows))
         .unflatten(3, (width, columns))
     )
-    spread = cells.var(dim=(2, 4)).sum(dim=0)  # [h, w]
+    spread = cells.var(dim=(2, 4), correction=0).sum(dim=0)  # [h, w]
     place = int(spread.argmax())
     return place // width, place % width
 
@@ -125,10 +126,10 @@ def _patches(band: SubFigure, trace: Trace) -> None:
     """The picture under its grid, one patch flattened, and the table of steps."""
     height = _inches(band)
     grid, (rows, columns) = trace.stages[0].grid, trace.patch
-    size = trace.pixels.shape[1:]
+    size, told = trace.pixels.shape[1:], words(trace.convolutional)
     _heading(
-        band, height, 1, "The image is cut into patches",
-        f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} patches of {rows} × {columns}",
+        band, height, 1, told.cut,
+        f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} {told.pieces} of {rows} × {columns}",
     )  # fmt: skip
     picture = visible(trace.pixels)
     side = min(3.6, height - 1.0)
@@ -143,8 +144,8 @@ def _patches(band: SubFigure, trace: Trace) -> None:
     _frame(axes, column * columns - 0.5, row * rows - 0.5, columns, rows)
 
     _heading(
-        band, height, 2, "A patch is flattened",
-        f"the marked patch, row {row + 1}, column {column + 1}:\n"
+        band, height, 2, told.flat,
+        f"the marked {told.piece}, row {row + 1}, column {column + 1}:\n"
         f"{rows} · {columns} · {trace.pixels.shape[0]} = {rows * columns * trace.pixels.shape[0]} numbers", 0.325,
     )  # fmt: skip
     patch = picture[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
@@ -181,7 +182,7 @@ def _strip(band: SubFigure, trace: Trace, row: int, column: int, top: float) -> 
         )
         axes.set_ylabel(name, rotation=0, ha="right", va="center", size=7.5)
     axes.set_xlabel(
-        f"these {flat.size} numbers, normalised, are what the projection reads", size=8, loc="left"
+        f"these {flat.size} numbers, normalised, {words(trace.convolutional).read}", size=8, loc="left"
     )
 
 
@@ -211,22 +212,20 @@ def _steps(band: SubFigure, trace: Trace, height: float) -> None:
 
 def _tokens(band: SubFigure, trace: Trace) -> None:
     """Embeddings as a heat map, and how alike the positions are."""
-    height, stage = _inches(band), trace.stages[0]
+    height, stage, told = _inches(band), trace.stages[0], words(trace.convolutional)
     values = stage.embeddings.numpy()
     _heading(
-        band, height, 3, "Each patch becomes a token",
-        f"{values.shape[0]} tokens (down) of {values.shape[1]} numbers (across), before positions are added",
+        band, height, 3, told.made,
+        f"{values.shape[0]} {told.items} (down) of {values.shape[1]} numbers (across), {told.when}",
     )  # fmt: skip
     axes = _place(band, 0.06, 0.45, 0.43, height - 1.3)
     reach = float(np.percentile(np.abs(values), 99)) or 1.0
     image = axes.imshow(values, aspect="auto", cmap=SIGNED, vmin=-reach, vmax=reach, interpolation="nearest")
-    axes.set_ylabel("patch")
+    axes.set_ylabel(told.piece)
     axes.set_xlabel("channel")
     _scale(band, image, 0.497, 0.45, height - 1.3, (-reach, 0.0, reach))
     if stage.similarity is None:
-        _heading(
-            band, height, 4, "No positions are added", "the order enters in the blocks themselves", 0.585
-        )
+        _heading(band, height, 4, told.placed, told.order, 0.585)
         return
     _heading(
         band, height, 4, "Each token knows its place",
@@ -267,15 +266,19 @@ def _scale(
 
 
 def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
-    gazes = [layer.gaze for layer in layers]
-    seen = [found.token for found in gazes if found is not None]
+    gazes = [layer.gaze for layer in layers if layer.gaze is not None]
+    seen = [found.token for found in gazes if found.kind == "attention"]
     whose = (
         "[CLS]" if all(seen) else "[CLS], or the average token where there is none," if any(seen) else AVERAGE
     )
-    _heading(
-        band, _inches(band), 5, f"Where {whose} looks, block after block",
-        f"attention of {whose} to the patches, mean of the heads; from none (blue) to the block's most (yellow)",
-    )  # fmt: skip
+    title = f"Where {whose} looks, block after block"
+    caption = f"attention of {whose} to the patches, mean of the heads; from none (blue) to the block's most (yellow)"
+    if len(seen) < len(gazes):
+        title = "Where each block answers most strongly"
+        caption = "root mean square over the channels" + (
+            f"; attention of {whose} where the panel says so" if seen else ""
+        )
+    _heading(band, _inches(band), 5, title, caption)
     grey = visible(trace.pixels).mean(axis=2) / 255
     for number, layer in enumerate(layers):
         axes = _panel(band, number, 1.9, 2.35)
@@ -286,16 +289,18 @@ def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
             extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
             axes.imshow(map_, cmap=LOOKS, vmin=0, alpha=0.72, interpolation="nearest", extent=extent)
             itself = float(layer.gaze.elsewhere.mean())
-            label = f"peak {map_.max() / max(map_.mean(), 1e-12):.1f} × mean"
+            label = "attention, " if len(seen) < len(gazes) and layer.gaze.kind == "attention" else ""
+            label += f"peak {map_.max() / max(map_.mean(), 1e-12):.1f} × mean"
             label += f", {itself:.0%} elsewhere" if itself > 0.005 else ""
         axes.set_title(layer.name, size=9, loc="left", pad=3)
         axes.set_xlabel(label, size=7.5, loc="left", labelpad=2)
 
 
-def _components(band: SubFigure, layers: list[Layer]) -> None:
+def _components(band: SubFigure, layers: list[Layer], convolutional: bool) -> None:
+    what, long = ("cells", "cells") if convolutional else ("tokens", "patch tokens")
     _heading(
-        band, _inches(band), 6, "What tells the tokens apart",
-        "the direction in which the patch tokens differ most (first principal component) after each block;"
+        band, _inches(band), 6, f"What tells the {what} apart",
+        f"the direction in which the {long} differ most (first principal component) after each block;"
         " its sign means nothing",
     )  # fmt: skip
     for number, layer in enumerate(layers):

@@ -1,6 +1,7 @@
 """The story of one image: every step from pixels to a prediction, with shapes and the values worth seeing.
 
-What a step is follows from the network's stages (`nn.trunk`), entries and blocks, never from a family's name.
+What a step is follows from the network's stages (`nn.trunk`, `nn.resnet`), entries and blocks, never from a
+family's name.
 """
 
 from __future__ import annotations
@@ -26,9 +27,12 @@ from vitrail.explain.capture import (
     gaze,
     listen,
     stages_of,
+    strength,
 )
+from vitrail.explain.residual import block_words, capture_maps, is_residual, stem_words
 from vitrail.nn.entry import Patchify, PrefixTokens
 from vitrail.nn.position import LearnedPosition, SinCosPosition
+from vitrail.nn.resnet import ResidualBlock, Stem
 from vitrail.nn.shapes import Grid
 from vitrail.tasks.classify import Classify, Prediction
 from vitrail.weights.card import Preprocessing
@@ -110,6 +114,8 @@ class Trace:
     prediction: Prediction
     note: str = ""
     """What must be said aloud, such as random weights."""
+    convolutional: bool = False
+    """Whether cells of maps are followed, where other networks have tokens of patches."""
 
     def to_dict(self) -> dict[str, Any]:
         """The story without its pictures, JSON-ready."""
@@ -135,7 +141,7 @@ def trace(
     """Follow one preprocessed image through a classifier; the network is left as it came.
 
     Args:
-        network: a classifier whose trunk is made of stages, on any device.
+        network: a classifier whose trunk is made of stages with blocks, on any device.
         pixels: the image as `data.transforms.Preprocess` made it.
         preprocessing: how it is normalised (the card's).
         task: names the classes.
@@ -148,7 +154,8 @@ def trace(
         UnsupportedError: the network has no stages to tell a story of.
     """
     head: Any = getattr(network, "head", None)
-    if not stages_of(network) or not hasattr(head, "pool"):
+    residual = is_residual(network)
+    if not (residual or stages_of(network)) or not hasattr(head, "pool"):
         raise UnsupportedError(
             f"{_model_name(network)} is not made of stages with blocks: it cannot be traced."
         )
@@ -158,7 +165,8 @@ def trace(
         pooled.append(module.pool(*arguments))
 
     device = next(network.parameters()).device
-    with torch.no_grad(), evaluation(network), capture(network) as recording, listen({"head": head}, heard):
+    capturing = capture_maps if residual else capture
+    with torch.no_grad(), evaluation(network), capturing(network) as recording, listen({"head": head}, heard):
         logits: Tensor = network(normalise(pixels[None].to(device), preprocessing))
     size = (int(pixels.shape[1]), int(pixels.shape[2]))
     original = size if original is None else original
@@ -183,6 +191,7 @@ def trace(
         stages=stages,
         prediction=prediction,
         note=note,
+        convolutional=residual,
     )
 
 
@@ -252,6 +261,8 @@ def _entry_steps(record: EntryRecord, where: str) -> list[Step]:
         return [
             Step(name=f"{where}positions", shape=(count, width), note=_position_words(record.module, grid))
         ]
+    if isinstance(record.module, Stem):
+        return [Step(name=f"{where}stem", shape=(*grid, width), note=stem_words(record.module))]
     about = (type(record.module).__doc__ or "").strip().splitlines()
     return [
         Step(
@@ -284,6 +295,12 @@ def _position_words(module: LearnedPosition | SinCosPosition, grid: Grid) -> str
 
 def _block_step(record: BlockRecord, where: str) -> Step:
     shape = (int(record.tokens.shape[1]), int(record.tokens.shape[2]))
+    if isinstance(record.module, ResidualBlock):
+        return Step(
+            name=f"{where}block {record.number + 1}",
+            shape=(*record.grid, shape[1]),
+            note=block_words(record.module),
+        )
     return Step(name=f"{where}block {record.number + 1}", shape=shape, note=_mixer_words(record))
 
 
@@ -315,6 +332,8 @@ def _end_steps(
         "flatten": ("all tokens", "laid end to end"),
         "both": ("[CLS] and [DIST]", "their mean; each has a head of its own"),
     }.get("both" if hasattr(head, "distilled") else getattr(head, "pooling", ""), ("pooled vector", ""))
+    if recording.blocks and recording.blocks[-1].module is not None:
+        note = "mean over the cells of the last map"
     scores = logits[0].float().softmax(dim=0)
     best = prediction.top[0]
     return [
@@ -339,12 +358,13 @@ def _stage(recording: Recording, number: int) -> StageTrace:
     where = f"stage {number + 1} " if recording.stages > 1 else ""
     words = [
         word
-        for entry in recording.entries[: recording.entries.index(entries[-1]) + 1]
-        if entry.prefix is not None and isinstance(entry.module, PrefixTokens)
+        for entry in recording.entries
+        if entry.stage <= number and entry.prefix is not None and isinstance(entry.module, PrefixTokens)
         for word in _prefix_words(entry.module)
     ]
     made = next((entry for entry in entries if isinstance(entry.module, Patchify)), None)
-    made = made or next((entry for entry in entries if not _is_position(entry.module)), entries[0])
+    made = made or next((entry for entry in entries if not _is_position(entry.module)), None)
+    made = made or next(iter(entries), None)
     similarity, references = _position_similarity(entries)
     layers: list[Layer] = []
     for block in blocks:
@@ -355,14 +375,14 @@ def _stage(recording: Recording, number: int) -> StageTrace:
                 grid=block.grid,
                 tokens=block.tokens[0].float().cpu(),
                 component=_component(block, before),
-                gaze=gaze(block),
+                gaze=gaze(block) or strength(block),
             )
         )
     return StageTrace(
         name=where.strip() or "the trunk",
-        grid=entries[-1].grid,
-        prefix=tuple(words) if entries[-1].prefix is not None else (),
-        embeddings=made.map[0].float().flatten(1).t().cpu(),  # [n, D]
+        grid=entries[-1].grid if entries else blocks[0].grid,
+        prefix=tuple(words) if entries and entries[-1].prefix is not None else (),
+        embeddings=(made.map[0].flatten(1).t() if made else blocks[0].tokens[0]).float().cpu(),  # [n, D]
         similarity=similarity,
         references=references,
         layers=tuple(layers),

@@ -1,0 +1,67 @@
+"""How a trace is told: what the poster and the page call the pieces that they show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Headings and nouns."""
+
+    cut: str
+    """Heading of the image under its grid."""
+    piece: str
+    """One pane of the grid, in pixels."""
+    pieces: str
+    flat: str
+    """Heading of one piece's pixels."""
+    read: str
+    """What reads these numbers."""
+    made: str
+    """Heading of what the pieces become."""
+    items: str
+    """What the network goes on with."""
+    when: str
+    """The moment at which these are shown."""
+    placed: str
+    """Heading where no positions are added, and why that is no loss."""
+    order: str
+    blocks: str
+    """Heading of the blocks."""
+
+
+TOKENS = Words(
+    cut="The image is cut into patches",
+    piece="patch",
+    pieces="patches",
+    flat="A patch is flattened",
+    read="are what the projection reads",
+    made="Each patch becomes a token",
+    items="tokens",
+    when="before positions are added",
+    placed="No positions are added",
+    order="the order enters in the blocks themselves",
+    blocks="Block after block, tokens look at each other",
+)
+"""For networks that follow patches."""
+
+CELLS = Words(
+    cut="The image under the cells of its first map",
+    piece="cell",
+    pieces="cells",
+    flat="A cell stands for these pixels",
+    read="and those around them are what the first convolutions read",
+    made="Each cell becomes a vector",
+    items="cells",
+    when="after the stem",
+    placed="No positions are added",
+    order="a convolution knows its places by their neighbours",
+    blocks="Block after block, cells see more of the image",
+)
+"""For convolutional networks."""
+
+
+def words(convolutional: bool) -> Words:
+    """Those that fit a trace."""
+    return CELLS if convolutional else TOKENS
