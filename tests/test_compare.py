@@ -116,3 +116,18 @@ def test_two_families_are_compared_on_digits(tmp_path: Path) -> None:
     assert {one.model for one in found.cells} == {"vit_nano_patch4_32", "resnet20_32"}
     assert {one.split for one in found.cells} == {"test"} and len(found.prices) == 2
     assert found.report.is_file()
+
+
+def test_smaller_shares_of_the_training_pictures_lie_within_larger_ones() -> None:
+    from vitrail.data.sources import open_splits
+    from vitrail.jobs.training_data import part_of
+
+    source = open_splits(("digits",)).train
+    assert source is not None
+    half, tenth = part_of(source, 0.5), part_of(source, 0.1)
+    names = {half.name(index) for index in range(len(half))}
+    assert {tenth.name(index) for index in range(len(tenth))} < names
+    for kept, whole in zip(half.counts().values(), source.counts().values(), strict=True):
+        assert kept == round(0.5 * whole)
+    with pytest.raises(ConfigError, match="got 1.5"):
+        part_of(source, 1.5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
@@ -49,7 +50,27 @@ def open_data(run: TrainRun, say: Say) -> Data:
         raise DataError(f"{', '.join(run.data)} holds no training pictures, only {', '.join(found.given)}.")
     for note in found.notes:
         say(Note(text=note))
+    if run.train_share != 1.0:
+        train = part_of(train, run.train_share)
+        say(Note(text=f"{len(train):,} training pictures: {run.train_share:.0%} of each class."))
     return Data(train=train, val=val, test=test, fingerprint=train.fingerprint())
+
+
+def part_of(source: Source, share: float) -> Source:
+    """Of each class the share with the smallest hash of its name, one picture at least.
+
+    Whatever the seed, so that several runs see the same pictures. Raises ConfigError outside (0, 1].
+    """
+    if not 0.0 < share <= 1.0:
+        raise ConfigError(f"train-share lies above 0 and at most at 1; got {share}.")
+    kept: list[int] = []
+    for label in range(len(source.classes)):
+        own = numpy.flatnonzero(source.labels == label).tolist()
+        own.sort(
+            key=lambda index: hashlib.sha256(source.name(index).encode("utf-8", "surrogateescape")).digest()
+        )
+        kept += own[: max(1, round(share * len(own)))]
+    return source.subset(sorted(kept))
 
 
 def decode_once(data: Data, say: Say) -> Data:
