@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_table import measured
 from rebuild import agree, apart, built, parameters
 from safetensors.torch import save_file
 
@@ -71,12 +72,13 @@ def test_has_the_published_cost(name: str) -> None:
     assert row(name).gflops == pytest.approx(PUBLISHED[name][1], rel=0.01)
 
 
-@pytest.mark.parametrize("place", [0, 1])
 @pytest.mark.parametrize(
-    ("name", "file"),
+    ("name", "file", "place"),
     [
-        ("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224"),
-        ("deit3_small_patch16_224", "deit3_small"),
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224", 0),
+        ("deit_tiny_distilled_patch16_224", "deit_tiny_distilled_patch16_224", 1),
+        ("deit3_small_patch16_224", "deit3_small", 0),
+        pytest.param("deit3_small_patch16_224", "deit3_small", 1, marks=pytest.mark.slow),
     ],
 )
 def test_gives_the_authors_numbers(
@@ -104,7 +106,7 @@ def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int],
     ours = registry.create_model(name, pretrained=tmp_path / "weights.safetensors", img_size=size).eval()
     images = torch.randn(2, 3, *size)
     with torch.inference_mode():
-        assert apart(ours(images), theirs(images)) < 1e-5
+        assert measured(apart(ours(images), theirs(images)), ours, theirs, size) < 1e-5
 
 
 def test_takes_timms_weights_at_another_size(tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_takes_timms_weights_at_another_size(tmp_path: Path) -> None:
     theirs.set_input_size((160, 96))
     images = torch.randn(1, 3, 160, 96)
     with torch.inference_mode():
-        assert apart(ours(images), theirs(images)) < 1e-5
+        assert measured(apart(ours(images), theirs(images)), ours, theirs, (160, 96)) < 1e-5
     assert any("resampled from 14x14 to 10x6" in made.story for made in ours.receipt.made)
 
 
@@ -140,7 +142,7 @@ def test_gives_transformers_logits_with_its_weights(tmp_path: Path) -> None:
         ours = registry.create_model("deit_tiny_distilled_patch16_224", pretrained=place, depth=3).eval()
         assert ours.receipt.layout == "transformers" and ours.num_classes == 11
         with torch.inference_mode():
-            assert apart(ours(images), expected) < 1e-5
+            assert measured(apart(ours(images), expected), ours, theirs, (224, 224)) < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from vitrail.errors import ModelError
 from vitrail.models import performer, registry
 from vitrail.models.registry import create_model
+from vitrail.train.average import Average
 
 
 @pytest.mark.parametrize(
@@ -87,6 +88,17 @@ def test_recomputed_activations_do_not_count_as_forwards() -> None:
         assert int(other.backbone.stages[0].entry.redraw.calls) == 1
         results.append([parameter.grad for parameter in other.parameters()])
     assert all(torch.allclose(one, other, atol=1e-6) for one, other in zip(*results, strict=True))
+
+
+def test_an_average_of_the_weights_keeps_the_features_of_the_day() -> None:
+    torch.manual_seed(0)
+    model = create_model("performer_nano_patch4_32", depth=1, redraw_every=1).train()
+    average, mixer = Average(model, 0.9), model.backbone.stages[0].blocks[0].mixer
+    model(torch.randn(1, 3, 32, 32))
+    average.update(0)
+    drawn = mixer.projection.clone()
+    with average.applied():
+        assert torch.equal(mixer.projection, drawn)
 
 
 @pytest.mark.parametrize("kernel", ["softmax", "relu", "none"])

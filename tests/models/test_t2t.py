@@ -71,7 +71,7 @@ def test_gives_the_authors_numbers_with_the_performer(
         _check_token_maps(model, case, fill)
 
 
-@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("place", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_gives_the_authors_numbers_with_the_transformer(
     place: int, golden: Callable[[str], dict[str, Any]], fill: ModuleType
 ) -> None:

@@ -68,8 +68,8 @@ def transformers_config(name: str, config: Config) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": 1e-6,
-        "image_size": plain._one_or_two(config.img_size),
-        "patch_size": plain._one_or_two(config.patch_size),
+        "image_size": plain.one_or_two(config.img_size),
+        "patch_size": plain.one_or_two(config.patch_size),
         "num_channels": config.in_chans,
         "qkv_bias": True,
     }

@@ -52,7 +52,7 @@ def _timm_arguments(config: Config) -> dict[str, Any]:
     arguments: dict[str, Any] = {
         "img_size": list(config.img_size),
         "in_chans": config.in_chans,
-        "patch_size": _one_or_two(config.patch_size),
+        "patch_size": one_or_two(config.patch_size),
         "embed_dim": config.width,
         "depth": config.depth,
         "num_heads": config.heads,
@@ -94,15 +94,15 @@ def transformers_config(name: str, config: Config) -> dict[str, Any]:
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
         "layer_norm_eps": config.eps,
-        "image_size": _one_or_two(config.img_size),
-        "patch_size": _one_or_two(config.patch_size),
+        "image_size": one_or_two(config.img_size),
+        "patch_size": one_or_two(config.patch_size),
         "num_channels": config.in_chans,
         "qkv_bias": config.qkv_bias,
         "num_labels": config.num_classes,
     }
 
 
-def _one_or_two(size: tuple[int, int]) -> int | list[int]:
+def one_or_two(size: tuple[int, int]) -> int | list[int]:
     return size[0] if size[0] == size[1] else list(size)
 
 

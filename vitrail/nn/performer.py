@@ -193,11 +193,13 @@ def draw_projection(
     lengths "chi": that of a fresh Gaussian vector, so that every row is N(0, I) and the estimate unbiased; "width":
     sqrt(E), biased low and less scattered; "features": sqrt(m), T2T-ViT's.
     """
-    blocks = -(-rows // width)
-    directions = orthogonal_rows(torch.randn(blocks, width, width, generator=generator))
+    blocks, place = -(-rows // width), None if generator is None else generator.device
+    gaussian = torch.randn(blocks, width, width, generator=generator, device=place)
+    directions = orthogonal_rows(gaussian)
     directions = directions.flatten(0, 1)[:rows]  # [M, E]
     if lengths == "chi":
-        norms: Tensor = torch.linalg.vector_norm(torch.randn(rows, width, generator=generator), dim=1)
+        gaussian = torch.randn(rows, width, generator=generator, device=place)
+        norms: Tensor = torch.linalg.vector_norm(gaussian, dim=1)
         return directions * norms[:, None]
     return directions * math.sqrt(width if lengths == "width" else rows)
 

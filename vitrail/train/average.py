@@ -13,7 +13,10 @@ from vitrail.runtime import Runtime
 
 
 class Average:
-    """Exponential moving average of a network's parameters and floating buffers.
+    """Exponential moving average of a network's parameters.
+
+    Buffers are the network's own at every time: running statistics are averages already, and a mean of two draws
+    of random features is neither.
 
     The decay starts low and rises to its value, (1 + step) / (10 + step) at first, so that the random start
     is forgotten at once and short runs profit too.
@@ -23,11 +26,7 @@ class Average:
         if not 0 < decay < 1:
             raise ConfigError(f"The decay of averaged weights must be between 0 and 1, not {decay}.")
         self.decay = decay
-        self._live = {
-            name: value.detach()
-            for name, value in network.state_dict(keep_vars=True).items()
-            if value.is_floating_point()
-        }
+        self._live = {name: parameter.detach() for name, parameter in network.named_parameters()}
         self.weights = {name: value.clone() for name, value in self._live.items()}
 
     @torch.no_grad()
