@@ -202,6 +202,11 @@ def data_check(run: DataCheckRun) -> int:
 
 def demo(run: DemoRun) -> int:
     """The verbs one after the other, each with the line that a person would type."""
+    import os
+
+    # Read when torch starts. In a network this small, threads mostly wait for each other; on a busy machine they
+    # made a run of two minutes one of an hour.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from vitrail.jobs.demo import demo as job
 
     todo = {"TrainRun": train, "EvaluateRun": evaluate, "PredictRun": predict, "TraceRun": trace}
