@@ -48,8 +48,8 @@ bench: $(READY)  ## measured tables: training on the CPU and the data path, besi
 	@$(BIN)/python benchmarks/cpu_train.py
 	@$(BIN)/python benchmarks/data_path.py $(DATA)/imagenette/train-0.zip $(DATA)/photos/imagenet-30.zip
 
-parity: $(READY)  ## logits beside timm's and transformers', for the same weights
-	@$(PYTEST) -rA -k parity tests
+parity: $(READY)  ## a table of every family beside its references, for the same weights
+	@$(PYTEST) --parity
 
 costs: $(READY)  ## count parameters and FLOPs of every network anew, for vitrail models
 	@$(BIN)/python -c 'from vitrail.jobs.models import write_table; write_table()'

@@ -11,12 +11,50 @@ from types import ModuleType
 from typing import Any
 
 import jaxtyping
+import parity_table
 import pytest
 from jaxtyping import install_import_hook
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Shapes in signatures are checked while tests run; users pay nothing for them.
 install_import_hook("vitrail.nn", "beartype.beartype")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--parity", action="store_true", help="only comparisons with other code, shown as a table"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--parity"):
+        return
+    chosen, others = [], []
+    for item in items:
+        code = getattr(getattr(item, "function", None), "__code__", None)
+        compares = code is not None and parity_table.COMPARERS.intersection(code.co_names)
+        (chosen if compares else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    item.user_properties.extend(parity_table.properties())
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if not config.getoption("--parity"):
+        return
+    reports = [
+        report.user_properties
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.when == "call"
+    ]
+    terminalreporter.section("parity")
+    for line in parity_table.table(reports):
+        terminalreporter.write_line(line)
 
 
 def _beside(name: str) -> Path:

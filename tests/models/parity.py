@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parity_table import Difference, measured
 from rebuild import apart
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def difference(
     size: tuple[int, int],
     logits: Callable[[Any], Tensor] = lambda output: output,
     **changes: Any,
-) -> float:
+) -> Difference:
     """How far our logits are from theirs, with their weights read from a file; float32, a batch of two."""
     state = {key: value.contiguous() for key, value in shaken(theirs).state_dict().items()}
     save_file(state, folder / "theirs.safetensors")
@@ -52,7 +53,4 @@ def difference(
     channels = ours.config.in_chans
     images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        found = apart(ours(images), logits(theirs(images)))
-    library = type(theirs).__module__.partition(".")[0]
-    print(f"{name} at {size[0]}x{size[1]} beside {library}: {found:.1e}")  # a line of `make parity`
-    return found
+        return measured(apart(ours(images), logits(theirs(images))), ours, theirs, size)

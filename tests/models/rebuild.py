@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from parity_table import Difference, measured
 from torch import Tensor
 
 from vitrail.models import loading, registry
@@ -63,10 +64,11 @@ def parameters(name: str) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def agree(model: Classifier, golden_case: dict[str, Any], fill: ModuleType) -> float:
+def agree(model: Classifier, golden_case: dict[str, Any], fill: ModuleType) -> Difference:
     """The larger of two relative differences: of the first logits, and of the length of all."""
     with torch.inference_mode():
         logits = model(picture(golden_case, fill))
     expected = golden_case["float64"]
     assert list(logits.shape) == golden_case["logits_shape"]
-    return max(apart(logits[:, :16], expected["first16"]), apart(logits.norm(), expected["l2"]))
+    found = max(apart(logits[:, :16], expected["first16"]), apart(logits.norm(), expected["l2"]))
+    return measured(found, model, "the authors' code", golden_case["input"]["shape"][-2:])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_table import measured
 from rebuild import agree, apart, built, parameters, picture
 from safetensors.torch import save_file
 
@@ -93,7 +94,7 @@ def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int],
         expected = theirs(images)
         for file in ("X.pth", "weights.safetensors"):
             ours = registry.create_model(name, pretrained=tmp_path / file, img_size=size).eval()
-            assert apart(ours(images), expected) < 1e-5
+            assert measured(apart(ours(images), expected), ours, theirs, size) < 1e-5
 
 
 def test_positions_follow_the_picture(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from parity import counted, difference, shaken
+from parity_table import measured
 from rebuild import apart
 
 from vitrail.errors import WeightsError
@@ -67,8 +68,8 @@ def test_gives_the_numbers_of_the_ported_caffe_network(
     with torch.inference_mode():
         logits, maps = model(images), model.features(images).maps
     expected = told["outputs_float64"]["logits"]
-    assert apart(logits.flatten()[:16], expected["first16"]) < 1e-6
-    assert apart(logits.norm(), expected["l2"]) < 1e-6
+    found = max(apart(logits.flatten()[:16], expected["first16"]), apart(logits.norm(), expected["l2"]))
+    assert measured(found, model, "ported Caffe net", (224, 224)) < 1e-6
     for map, name in zip(maps, ("layer1", "layer2", "layer3", "layer4"), strict=True):
         assert apart(map.norm(), told["checkpoints_float64"][name]["l2"]) < 1e-6
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_table import measured
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
@@ -31,13 +32,15 @@ def input_of(case: dict[str, Any], fill: ModuleType) -> Tensor:
     return picture * int(factor or 1)
 
 
-def same(ours: Tensor, told: dict[str, Any]) -> None:
-    """Length, and values spread over the tensor, as far as they are printed."""
+def same(ours: Tensor, told: dict[str, Any]) -> float:
+    """Length, and values spread over the tensor, as far as they are printed; how far these are apart."""
     assert list(ours.shape) == told["shape"]
     assert ours.norm().item() == pytest.approx(told["l2"], rel=1e-8)
-    flat = ours.flatten()
+    flat = ours.detach().flatten()
     spread = flat[torch.arange(16) * flat.numel() // 16]
-    assert torch.allclose(spread, torch.tensor(told["spread16"], dtype=torch.float64), rtol=1e-6, atol=1e-8)
+    expected = torch.tensor(told["spread16"], dtype=torch.float64)
+    assert torch.allclose(spread, expected, rtol=1e-6, atol=1e-8)
+    return float((spread - expected).norm() / expected.norm())
 
 
 @pytest.mark.parametrize(
@@ -58,7 +61,8 @@ def test_squeeze_and_excitation_gives_the_authors_numbers(
         {key: value.flatten(1) if value.ndim == 4 else value for key, value in weights.items()}
     )
     assert sum(parameter.numel() for parameter in gate.parameters()) == case["parameters"]
-    same(gate(input_of(case, fill)), case["outputs_float64"]["output"])
+    found = same(gate(input_of(case, fill)), case["outputs_float64"]["output"])
+    assert measured(found, "senet", "published code", variant=f"gate {name}") < 1e-6
 
 
 NAMES = {
@@ -99,7 +103,8 @@ def test_non_local_blocks_give_the_widely_used_numbers(
     map = input_of(case, fill)
     flat = map.flatten(2, -2)  # frames stand below each other: with even rows no 2 x 2 maximum crosses frames
     told = case["outputs_float64"]
-    same(block(flat).reshape(map.shape), told["z"])
+    found = same(block(flat).reshape(map.shape), told["z"])
+    assert measured(found, "nonlocal", "widely used code", map.shape[2:], variant=name) < 1e-6
     same(block.weights(flat)[:, 0], told["attention map"])
 
 
@@ -108,7 +113,11 @@ def test_the_authors_block_scales_and_takes_maxima_first(golden: Golden, fill: M
     block = block_of(case, fill, scaled=True, subsample="before")
     map = input_of(case, fill)
     flat = map.flatten(2, -2)
-    same(block(flat).reshape(map.shape), case["outputs_float64"]["sum"])
+    found = same(block(flat).reshape(map.shape), case["outputs_float64"]["sum"])
+    assert (
+        measured(found, "nonlocal", "the authors' code", map.shape[2:], variant="embedded Gaussian block")
+        < 1e-6
+    )
     same(block.weights(flat)[:, 0], case["outputs_float64"]["attention map"])
     for changes in ({"scaled": False, "subsample": "before"}, {"scaled": True, "subsample": "after"}):
         assert not torch.allclose(block_of(case, fill, **changes)(flat), block(flat), rtol=1e-3)
@@ -170,7 +179,9 @@ def test_every_form_is_its_sum(form: str, subsample: str) -> None:
             tensor.normal_(std=0.7)
     map = torch.randn(2, 6, 5, 4, dtype=torch.float64)
     with torch.no_grad():
-        assert torch.allclose(block(map), by_hand(block, map), rtol=1e-10, atol=1e-12)
+        ours, sums = block(map), by_hand(block, map)
+    found = float((ours - sums).norm() / sums.norm())
+    assert measured(found, "nonlocal", "explicit sums", (5, 4), variant=f"{form}, maxima {subsample}") < 1e-10
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parity_table import Difference, measured
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -40,13 +41,18 @@ def difference(
     theirs: Callable[[Tensor], Tensor],
     size: tuple[int, int],
     dtype: torch.dtype = torch.float32,
-) -> float:
+    reference: str = "",
+) -> Difference:
     """Largest difference of the logits of two pictures, relative to the largest logit."""
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(2)).to(dtype)
     with torch.inference_mode():
         want, got = theirs(images), ours.eval()(images)
     assert want.std() > 1e-3
-    return float((got - want).abs().max() / want.abs().max())
+    return measured(float((got - want).abs().max() / want.abs().max()), ours, reference or theirs, size)
+
+
+def _logits(theirs: nn.Module) -> Callable[[Tensor], Tensor]:
+    return lambda images: theirs(images).logits
 
 
 def saved(model: nn.Module, path: Path) -> Path:
@@ -138,7 +144,7 @@ def test_logits_equal_transformers(name: str, tmp_path: Path) -> None:
     for path in (tmp_path / "disk", tmp_path / "memory.safetensors"):
         ours = create_model(name, path)
         assert ours.receipt.layout == "transformers"
-        assert difference(ours, lambda images: theirs(images).logits, config.img_size) < 1e-5
+        assert difference(ours, _logits(theirs), config.img_size, reference="transformers") < 1e-5
 
 
 @pytest.mark.parametrize("name", ["small", pytest.param("vit_b_16", marks=slow)])
@@ -238,9 +244,9 @@ def test_a_folder_opens_in_timm_and_in_transformers(tmp_path: Path) -> None:
     peer = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     assert difference(ours, peer, (64, 96)) < 1e-5
     wrapped = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
-    assert difference(ours, lambda images: wrapped(images).logits, (64, 96)) < 1e-5
+    assert difference(ours, _logits(wrapped), (64, 96), reference="transformers") < 1e-5
     again = from_pretrained(tmp_path)
-    assert difference(ours, again, (64, 96)) == 0
+    assert difference(ours, again, (64, 96), reference="its own folder") == 0
 
 
 def test_a_learned_grid_that_is_not_square_is_told_by_the_folder(tmp_path: Path) -> None:
