@@ -141,7 +141,6 @@ def main() -> None:
 
 def draw(gallery: dict[str, dict[str, Any]], output: Path) -> None:
     """Families down, methods across."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = ["picture", *METHODS]
@@ -163,10 +162,7 @@ def draw(gallery: dict[str, dict[str, Any]], output: Path) -> None:
             else:
                 axes.text(0.5, 0.5, "not defined", ha="center", va="center", fontsize=8, color="#5b6570")
     output.parent.mkdir(parents=True, exist_ok=True)
-    canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(100)
-    with output.open("wb") as file:
-        canvas.print_png(file)
+    figure.savefig(output, dpi=100)
 
 
 if __name__ == "__main__":

@@ -99,6 +99,8 @@ def test_an_undefined_pair_says_what_works() -> None:
         heat_of(tiny("vit"), pictures(tiny("vit")), [0, 0], "attention", Options(head=5))
     with pytest.raises(ConfigError, match=r"before the patches .class, 0.; got 'distillation'"):
         heat_of(tiny("vit"), pictures(tiny("vit")), [0, 0], "rollout", Options(token="distillation"))
+    with pytest.raises(ConfigError, match="leave the layer out"):
+        gradcam(tiny("resnet"), pictures(tiny("resnet")), [0, 0], layer=1)
     with pytest.raises(ConfigError, match="no longer depends"):
         gradcam(tiny("vit"), pictures(tiny("vit")), [0, 0], layer=-1)
 

@@ -274,7 +274,8 @@ class Explainer:
         size = (images.shape[2], images.shape[3])
         chances = [random_map(self.regions, seed + number) for number in range(CHANCES)]
         maps = torch.stack([heat.regions(size, self.regions)[0], centre_map(self.regions), *chances])
-        faithfulness, controls = {}, {}
+        faithfulness: dict[str, Score] = {}
+        controls: dict[str, dict[str, Score]] = {}
         for fill in FILLS:
             mine, centre, *random = score_maps(self.network, images[0], target, maps, fill=fill, steps=STEPS)
             chance = Score(

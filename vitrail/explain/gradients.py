@@ -47,6 +47,12 @@ class Tap:
     grid: Grid | None = None
     placement: Placement = PIXELS
 
+    @property
+    def leaf(self) -> Tensor:
+        """What came by; the pass must have run."""
+        assert self.values is not None
+        return self.values
+
     def map(self, values: Tensor) -> Float[Tensor, "B C h w"]:
         """Values of the tap's shape as a map, without the prefix."""
         if values.ndim == 4 or self.grid is None:
@@ -82,10 +88,10 @@ def gradcam(
     tap = _tap(network, images, layer)
     with held_still(network), torch.enable_grad(), tapped(network, tap):
         score = scores(network, images, targets).sum()
-        (gradient,) = torch.autograd.grad(score, [tap.values])
+        (gradient,) = torch.autograd.grad(score, [tap.leaf])
     weights = tap.map(gradient).mean(dim=(2, 3), keepdim=True)
     return Heat(
-        values=(weights * tap.map(tap.values.detach())).sum(dim=1).clamp_min(0).float().cpu(),
+        values=(weights * tap.map(tap.leaf.detach())).sum(dim=1).clamp_min(0).float().cpu(),
         placement=tap.placement,
         units="channels weighted by their gradient, cut at 0",
         where=f"{'before' if tap.before else 'after'} {tap.name}",
@@ -95,6 +101,10 @@ def gradcam(
 def _tap(network: nn.Module, images: Tensor, layer: int | None) -> Tap:
     """Where Grad-CAM looks."""
     stages, blocks = stages_of(network), blocks_of(network)
+    if not stages and layer is not None:
+        raise ConfigError(
+            "gradcam takes a layer of transformer blocks; this network has none: leave the layer out."
+        )
     if not stages:
         name = last_map(network, images)
         return Tap(module=network.get_submodule(name), name=name)

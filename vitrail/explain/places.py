@@ -124,9 +124,9 @@ def reaches(entry: nn.Module, size: tuple[int, int]) -> list[tuple[Reach, Reach]
     if isinstance(entry, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d):
         return [window(entry, size)]
     for name in ("proj", "conv", "layers"):  # Patchify, OverlapPatch, ConvPool; the stems' sequences
-        part = getattr(entry, name, None)
-        if isinstance(part, nn.Conv2d | nn.Sequential):
-            return reaches(part, size)
+        inner = getattr(entry, name, None)
+        if isinstance(inner, nn.Conv2d | nn.Sequential):
+            return reaches(inner, size)
     return []
 
 
@@ -164,7 +164,7 @@ def _stem(stem: Stem, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
     for layer in stem.layers:
         found += reaches(layer, size)
         size = (found[-1][0].after, found[-1][1].after)
-    if stem.pool != "none":
+    if stem.pool is not None:
         padding = int(stem.pool == "pad")
         up = int(stem.pool == "ceil")  # takes what remains at the end: a cell more where something does
         found.append(_both(Reach(3, 2, padding, (side + 2 * padding - 3 + up) // 2 + 1) for side in size))
