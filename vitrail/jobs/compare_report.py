@@ -6,12 +6,12 @@ import base64
 import html
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vitrail.config import to_dict
+from vitrail.disk import write_atomically
 from vitrail.jobs.compare import Cell, Price, Quantity, by_model, exponents
 from vitrail.jobs.models import RULE
 from vitrail.runs import CompareRun
@@ -43,12 +43,12 @@ def write_report(folder: Path, cells: list[Cell], prices: list[Price], run: Comp
         "prices": [to_dict(price) for price in prices],
         "exponents": {name: exponents(prices, name) for name in QUANTITIES} if prices else {},
     }
-    _write(folder / "report.json", json.dumps(data, indent=2).encode())
+    write_atomically(folder / "report.json", json.dumps(data, indent=2).encode())
     page = (
         "<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
         f"<title>vitrail compare</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>"
     )
-    _write(folder / "report.html", page.encode())
+    write_atomically(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -230,7 +230,7 @@ def _png(figure: Any) -> bytes:
 
 
 def _picture(path: Path, png: bytes, text: str) -> str:
-    _write(path, png)
+    write_atomically(path, png)
     return f"<img alt='{html.escape(text)}' src='data:image/png;base64,{base64.b64encode(png).decode()}'>"
 
 
@@ -238,10 +238,3 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th scope='col'>{html.escape(column)}</th>" for column in columns)
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A whole file or none."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

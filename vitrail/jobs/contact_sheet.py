@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+
+from vitrail.disk import write_atomically
 
 if TYPE_CHECKING:
     from PIL import ImageDraw, ImageFont
@@ -51,12 +53,9 @@ def draw_sheet(rows: Iterable[tuple[str, list[Tile]]], path: Path, columns: int 
             x = GAP + column * step
             _draw_tile(sheet, draw, tile, x, top, small)
         y += height
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
-        sheet.save(file, format="PNG")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    buffer = io.BytesIO()
+    sheet.save(buffer, format="PNG")
+    write_atomically(path, buffer.getvalue())
 
 
 def _draw_tile(

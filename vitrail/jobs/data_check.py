@@ -20,6 +20,7 @@ import numpy as np
 
 from vitrail.data.image import decode
 from vitrail.data.sources import Source, Splits, open_splits
+from vitrail.disk import write_atomically
 from vitrail.errors import ImageError
 from vitrail.jobs.contact_sheet import Tile, draw_sheet
 from vitrail.runs import DataCheckRun
@@ -137,21 +138,13 @@ def check(
     sheet, written = folder / "contact-sheet.png", folder / "report.json"
     draw_sheet(_rows(source, looks, report), sheet)
     report = DataReport(**{**vars(report), "files": (str(written), str(sheet))})
-    _write(written, json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(written, text.encode("utf-8", "surrogateescape"))
     return report
 
 
 def _count(found: Sequence[Any], one: str = "picture", many: str = "pictures") -> str:
     return f"{len(found)} {one if len(found) == 1 else many}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "w", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _split_names(splits: Splits) -> list[str]:

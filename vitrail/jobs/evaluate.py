@@ -15,13 +15,13 @@ from vitrail.config import to_dict
 from vitrail.data.loader import Loader
 from vitrail.data.sources import Source, open_splits
 from vitrail.data.transforms import Preprocess
+from vitrail.disk import write_atomically
 from vitrail.engines import Engine, open_engine
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.classify import Classify, ClassMetrics, Mistake, Mistakes
 from vitrail.tasks.draw import NAMED, Tile, confusion_picture, contact_sheet
-from vitrail.train.state import write_atomically
 from vitrail.weights.folder import model_folder
 
 logger = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from torch import Tensor
 from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.data.transforms import normalise
+from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, DataError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation
@@ -30,7 +31,6 @@ from vitrail.explain.trial import Trial, cost, trial
 from vitrail.jobs.opening import open_network
 from vitrail.predict import expand
 from vitrail.runs import ExplainRun
-from vitrail.train.state import write_atomically
 
 logger = logging.getLogger(__name__)
 

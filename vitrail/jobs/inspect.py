@@ -16,13 +16,13 @@ from torch import Tensor
 from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.sources import open_pictures
 from vitrail.data.transforms import Preprocess, normalise
+from vitrail.disk import write_atomically
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError
 from vitrail.explain.anatomy import Anatomy, anatomy
 from vitrail.explain.anatomy_figures import figures
 from vitrail.jobs.opening import open_network
 from vitrail.runs import InspectRun
-from vitrail.train.state import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,7 @@ import torch
 
 from vitrail.data.image import decode
 from vitrail.data.transforms import Preprocess
+from vitrail.disk import write_atomically
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, ModelError
 from vitrail.explain.page import page
@@ -21,7 +22,6 @@ from vitrail.models.registry import create_model, is_model
 from vitrail.predict import class_names
 from vitrail.runs import TraceRun
 from vitrail.tasks.classify import Classify
-from vitrail.train.state import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import vitrail
 from vitrail import config as records
+from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.jobs import plan as plans
 from vitrail.runs import TrainRun
@@ -152,7 +153,7 @@ class Keeper:
         if self.runtime.main:
             path = state.save(self.checkpoints, place, tensors, self.facts())
             state.prune(self.checkpoints, self.run.keep, best=[place.best_step, *self._best_of_others()])
-            state.write_atomically(self.checkpoints / "latest", path.name.encode())
+            write_atomically(self.checkpoints / "latest", path.name.encode(), TrainingError)
         self.runtime.barrier()
         return str(path)
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vitrail.disk import UNFINISHED, flush_folder, write_through
 from vitrail.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FACTS = "state.json"
-UNFINISHED = ".unfinished-"
 _NAME = re.compile(r"^(step|best)-(\d{8,})$")
 
 
@@ -86,13 +86,15 @@ def save(
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir()
         for name, group in tensors.items():
-            _write(unfinished / f"{name}.safetensors", _to_bytes(group))
+            write_through(unfinished / f"{name}.safetensors", _to_bytes(group))
         facts = {"place": asdict(place), **facts}
-        _write(unfinished / FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
-        _write(unfinished / MANIFEST, json.dumps(_manifest(unfinished), indent=1, sort_keys=True).encode())
-        _sync(unfinished)
+        write_through(unfinished / FACTS, json.dumps(facts, indent=1, sort_keys=True).encode())
+        write_through(
+            unfinished / MANIFEST, json.dumps(_manifest(unfinished), indent=1, sort_keys=True).encode()
+        )
+        flush_folder(unfinished)
         _put(unfinished, final)
-        _sync(folder)
+        flush_folder(folder)
     except OSError as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         before = [path.name for path in names(folder) if path != final]
@@ -172,39 +174,10 @@ def prune(folder: Path, keep: int, best: Iterable[int | None] = ()) -> None:
         shutil.rmtree(gone, ignore_errors=True)
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """A file that is either the old one or the new one, whatever happens."""
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    try:
-        _write(unfinished, data)
-        os.replace(unfinished, path)
-        _sync(path.parent)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise TrainingError(
-            f"Cannot write {path}: {error.strerror or error}. Make room, then go on."
-        ) from error
-
-
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
     from safetensors.torch import save as serialise
 
     return serialise({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
-
-
-def _write(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
