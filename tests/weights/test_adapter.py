@@ -210,6 +210,26 @@ def test_the_layout_is_recognised_by_content() -> None:
         adapter.read({"x.y": torch.zeros(1)}, [other, JOINED], shapes(ours()), CONTEXT)
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+def test_a_models_own_state_dict_is_read(prefix: str) -> None:
+    expected = {
+        **shapes(ours()),
+        "entry.table": (1, 1 + 9, 4),
+        "head.linear.weight": (2, 4),
+        "head.linear.bias": (2,),
+    }
+    own = {prefix + name: tensor for name, tensor in ours().items()}
+    state, receipt = adapter.read(own, [JOINED], expected, {"grid": (3, 3), "prefix": 1}, replace_head=True)
+    assert receipt.layout == "own" and set(receipt.fresh) == {"head.linear.weight", "head.linear.bias"}
+    assert torch.equal(state["stages.1.qkv"], ours()["stages.1.qkv"]) and state["entry.table"].shape == (
+        1,
+        10,
+        4,
+    )
+    with pytest.raises(WeightsError, match=r"module\.more \(1,\) has no place"):
+        adapter.read({**own, "module.more": torch.zeros(1)}, [JOINED], shapes(ours()), CONTEXT)
+
+
 def test_two_meanings_of_the_same_names_are_asked_about() -> None:
     first, second = (Layout(name, (Rule("w", "w", how),)) for name, how in (("a", "copy"), ("b", "linear")))
     state = {"w": torch.arange(4.0).reshape(2, 2)}
@@ -239,7 +259,7 @@ def test_what_a_layout_cannot_hold_is_not_written() -> None:
 
 
 def test_the_nearest_model_is_named() -> None:
-    larger = {**shapes(ours()), "stages.2.scale": (3,), "stages.2.qkv": (6, 4)}
+    larger = {**shapes(ours()), **{f"stages.{stage}.scale": (3,) for stage in range(2, 6)}}
     models = [
         Candidate("small", [JOINED], lambda: shapes(ours()), CONTEXT),
         Candidate("large", [JOINED], lambda: larger, CONTEXT),

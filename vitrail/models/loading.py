@@ -169,6 +169,9 @@ def classes_in(module: ModuleType, config: Any, path: str | Path) -> int | None:
     tensors, card, _ = read(path)
     if card is not None and card.num_classes is not None:
         return card.num_classes
+    own = {rules.strip(key, ()): key for key in tensors}
+    if "head.linear.bias" in own:  # a state dict under our own names
+        return tensors[own["head.linear.bias"]].numel()
     known = context(module, config)
     for layout in module.RENAMES:
         names = {rules.strip(key, layout.prefixes): key for key in tensors}

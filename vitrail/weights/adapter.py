@@ -22,9 +22,10 @@ from vitrail.weights.rules import Layout as Layout
 from vitrail.weights.rules import Match as Match
 from vitrail.weights.rules import Rule as Rule
 from vitrail.weights.rules import matches as matches
+from vitrail.weights.rules import strip
 from vitrail.weights.transforms import TRANSFORMS, Context
 
-SHOWN = 6
+SHOWN = 4
 """Problems that a message spells out; the rest are counted."""
 
 
@@ -143,9 +144,11 @@ def read(
     if reading.problems:
         shown = "; ".join(problem() for problem in reading.problems[:SHOWN])
         more = len(reading.problems) - SHOWN
+        many = len(reading.problems) * 10 > len(expected)  # else it is this model's file, with a fault
+        like = _looks_like(state, candidates) if many else ""
         raise WeightsError(
-            f"{where} (layout {chosen.name}) does not fit the model: {shown}"
-            f"{f'; and {more} more' if more > 0 else ''}.{_looks_like(state, candidates)} Nothing was loaded."
+            f"{where} does not fit the model (layout {chosen.name}).{like} Nothing was"
+            f" loaded, because {shown}{f'; and {more} more' if more > 0 else ''}."
         )
     receipt = Receipt(
         layout=chosen.name,
@@ -212,8 +215,9 @@ def nearest(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Lik
 
 def _likenesses(state: Mapping[str, Tensor], candidates: Iterable[Candidate]) -> Iterator[Likeness]:
     empty = {key: torch.empty(tensor.shape, device="meta") for key, tensor in state.items()}
+    ours = any(strip(key, ()).startswith("backbone.stages.") for key in state)
     for candidate in candidates:
-        if not any(signed(layout, empty) for layout in candidate.layouts):
+        if not ours and not any(signed(layout, empty) for layout in candidate.layouts):
             continue
         expected = candidate.expected()
         try:

@@ -16,6 +16,9 @@ from vitrail.weights import patterns
 from vitrail.weights.rules import Layout, Match, Rule, base, holds, matches, strip
 from vitrail.weights.transforms import FITS, TRANSFORMS, Context
 
+OWN = "own"
+"""Name of the layout in which a model's tensors have the names of our modules."""
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -45,6 +48,7 @@ def recognise(
     Raises:
         WeightsError: no layout explains anything, or two explain the same equally well.
     """
+    layouts = [*layouts, *_own(state, layouts, expected, context)]
     known = [layout.name for layout in layouts]
     if name is not None and name not in known:
         raise WeightsError(f"there is no layout {name!r}, only {', '.join(known)}.{suggestion(name, known)}")
@@ -57,7 +61,8 @@ def recognise(
         if found:
             rest = set(names) - {base(key) for source in found.values() for key in source.keys}
             left = sum(not any(patterns.match(drop.pattern, key) for drop in layout.dropped) for key in rest)
-            trials.append(((len(found), -left, len(layout.signature)), layout, names, found))
+            weight = -1 if layout.name == OWN else len(layout.signature)  # a family's layout knows better
+            trials.append(((len(found), -left, weight), layout, names, found))
     if not trials:
         keys = sorted(state)[:4]
         raise WeightsError(
@@ -272,6 +277,24 @@ class Reading:
     def _told(self, key: str) -> str:
         original = self.names[base(key)]
         return f"{original} {tuple(self.state[original].shape)}"
+
+
+def _own(
+    state: Mapping[str, Tensor], layouts: Sequence[Layout], expected: Shapes, context: Context
+) -> tuple[Layout, ...]:
+    """The layout of a model's own state dict, where the file has such names: every name stands for itself.
+
+    What may be resampled is what the family's first layout says.
+    """
+    names = {strip(key, ()) for key in state}
+    if names.isdisjoint(expected):
+        return ()
+    rules = []
+    for name in expected:
+        match = next((match for layout in layouts for match in matches(layout, name, context)), None)
+        fit, default = (match.rule.fit, match.rule.default) if match is not None else ("", "")
+        rules.append(Rule(name, name, fit=fit, default=default))
+    return (Layout(OWN, tuple(rules)),)
 
 
 def _names(state: Mapping[str, Tensor], layout: Layout) -> dict[str, str] | None:
