@@ -57,7 +57,7 @@ def test_has_the_published_number_of_parameters(name: str) -> None:
     assert parameters(name) == PUBLISHED[name][0]
 
 
-QUICK = ("deit_tiny_patch16_224", "deit_base_distilled_patch16_384", "deit3_small_patch16_384")
+QUICK = ("deit_tiny_distilled_patch16_224", "deit3_small_patch16_384")
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from rebuild import agree, apart, built, parameters, picture
+from rebuild import agree, apart, built, picture
 from torch import Tensor
 
 from vitrail.errors import ModelError
@@ -44,11 +44,12 @@ PUBLISHED = {
 def test_has_the_published_number_of_parameters(name: str) -> None:
     with torch.device("meta"):
         model = registry.create_model(name)
+    trained = sum(parameter.numel() for parameter in model.parameters())
     stored = sum(buffer.numel() for buffer in model.buffers())
-    assert (parameters(name) + stored, parameters(name)) == PUBLISHED[name][:2]
+    assert (trained + stored, trained) == PUBLISHED[name][:2]
 
 
-QUICK = ("t2t_vit_7", "t2t_vit_t_14", "t2t_vit_dense", "t2t_vit_16_ghost")
+QUICK = ("t2t_vit_7", "t2t_vit_t_14")
 
 
 @pytest.mark.parametrize(
