@@ -47,11 +47,11 @@ TOKENS = Words(
 """For networks that follow patches."""
 
 CELLS = Words(
-    cut="The image under the cells of its first map",
+    cut="The cells of the first map",
     piece="cell",
     pieces="cells",
     flat="A cell stands for these pixels",
-    read="and those around them are what the first convolutions read",
+    read="with their neighbours are what the stem reads",
     made="Each cell becomes a vector",
     items="cells",
     when="after the stem",
