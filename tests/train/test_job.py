@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,7 +215,7 @@ def test_a_student_learns_from_a_teacher(
 def test_a_full_disk_leaves_the_last_checkpoint(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = state._write, 0
+    real, calls = state.write_through, 0
 
     def full(path: Path, content: bytes) -> None:
         nonlocal calls
@@ -222,7 +224,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, content)
 
-    monkeypatch.setattr(state, "_write", full)
+    monkeypatch.setattr(state, "write_through", full)
     with pytest.raises(TrainingError, match=r"No space left.*Make room"):
         go(record(data, tmp_path / "run"))
     monkeypatch.undo()
@@ -265,6 +267,27 @@ def test_a_mistake_is_named_before_anything_is_trained(
         go(record(data, tmp_path / "run", **changes))
     assert getattr(caught.value, "exit_code", None) == 2
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_run_can_start_from_another_runs_checkpoint(
+    trained: tuple[TrainResult, list[Record]], data: Path, tmp_path: Path
+) -> None:
+    last = state.names(trained[0].folder / "checkpoints")[-1]
+    result, said = go(record(data, tmp_path / "on", epochs=7, resume=str(last)))
+    assert "Going on from" in notes(said)
+    assert {found["step"] for found in read_log(tmp_path / "on" / "metrics.jsonl")} <= set(range(36, 43))
+    assert result.scores["val"]["acc1"] >= trained[0].scores["val"]["acc1"]
+
+
+def test_two_processes_cannot_train_into_one_folder(tmp_path: Path) -> None:
+    with state.claim(tmp_path):
+        code = (
+            "import pathlib, sys; from vitrail.train import state\n"
+            f"with state.claim(pathlib.Path({str(tmp_path)!r})): pass"
+        )
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert "Another process is training" in done.stderr
 
 
 def test_the_recipe_travels_with_the_model(trained: tuple[TrainResult, list[Record]]) -> None:

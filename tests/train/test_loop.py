@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from tests.train.standin import Batches, training
 from vitrail.errors import DataError, TrainingError
-from vitrail.train.log import Progress, Saved, Scores, Stopped
+from vitrail.train.log import Log, Progress, Saved, Scores, Stopped, read_log
 from vitrail.train.loop import seed_part, train
 from vitrail.train.optim import Kind
 from vitrail.train.state import Place
@@ -124,6 +125,22 @@ def test_checkpoints_come_when_due_and_at_the_end() -> None:
     run = training(steps=10, save_every=4)
     run.save = lambda place: "somewhere"
     assert [record.step for record in train(run) if isinstance(record, Saved)] == [4, 8, 10]
+
+
+def test_a_run_whose_patience_is_over_does_not_go_on() -> None:
+    run = training(steps=50, patience=2, place=Place(step=8, evaluations_since_best=2))
+    assert list(train(run)) == [Stopped(step=8, reason="patience")]
+
+
+def test_progress_is_told_by_the_clock_too_but_not_kept(tmp_path: Path) -> None:
+    run = training(steps=4, log_every=4, speak_seconds=0)
+    log = Log(tmp_path, tensorboard=False)
+    told = [record for record in train(run) if isinstance(record, Progress)]
+    for record in told:
+        log.write(record)
+    log.close()
+    assert [(record.step, record.passing) for record in told] == [(1, True), (2, True), (3, True), (4, False)]
+    assert [found["step"] for found in read_log(tmp_path / "metrics.jsonl")] == [4]
 
 
 def test_no_full_batch_is_said_plainly() -> None:

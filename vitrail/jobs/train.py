@@ -67,6 +67,7 @@ def train(run: TrainRun, reporter: Reporter | None = None) -> TrainResult:
     """
     run = plans.with_recipe(run)
     _check(run)
+    strict = torch.are_deterministic_algorithms_enabled()
     runtime = open_runtime(run.device, run.precision, run.shard, run.deterministic)
     try:
         with torch.random.fork_rng(devices=[]):
@@ -77,8 +78,7 @@ def train(run: TrainRun, reporter: Reporter | None = None) -> TrainResult:
             f" stays the same), or add --grad-checkpointing. ({str(error).splitlines()[0]})"
         ) from error
     finally:
-        if run.deterministic:
-            torch.use_deterministic_algorithms(False)
+        torch.use_deterministic_algorithms(strict)
         runtime.close()
 
 
@@ -157,9 +157,14 @@ class _Job:
         self.say(Note(text=self._summary()))
         reason = "done"
         with self._logging():
-            for record in steps(training):
-                self.report(record)
-                reason = record.reason if isinstance(record, Stopped) else reason
+            with runtime.watch("training"):
+                for record in steps(training):
+                    self.report(record)
+                    reason = record.reason if isinstance(record, Stopped) else reason
+            skipped = getattr(batches, "skipped", {})
+            if skipped:
+                text = f"{len(skipped)} pictures could not be read and were left out; train.log lists them."
+                self.say(Note(text=text, kind="warning"))
             return self._finish(reason)
 
     # Pieces of the run
@@ -312,7 +317,10 @@ class _Job:
         if not self.runtime.main:
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with state.claim(self.folder):
+            yield from self._writing()
+
+    def _writing(self) -> Iterator[None]:
         records.write_toml(_without_open(self.run), self.folder / "config.toml")
         lines = logging.FileHandler(self.folder / "train.log", encoding="utf-8")
         lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

@@ -141,7 +141,24 @@ class Keeper:
             self.average.load(found.tensors["average"], self.runtime)
         if self.runtime.scaler is not None and found.facts["scaler"]:
             self.runtime.scaler.load_state_dict(found.facts["scaler"])
-        return dataclasses.replace(found.place)
+        return self._with_best(found)
+
+    def _with_best(self, found: Checkpoint) -> Place:
+        """The checkpoint's place; its best weights come along from another run's folder, or are forgotten."""
+        place = dataclasses.replace(found.place)
+        if place.best_step is None:
+            return place
+        name = f"best-{place.best_step:08d}"
+        ours, theirs = self.checkpoints / name, found.path.parent / name
+        here, there = ours.exists(), theirs.exists()
+        self.runtime.barrier()
+        if not here and there and self.runtime.main:
+            best = state.read(theirs)
+            state.save(self.checkpoints, best.place, best.tensors, best.facts, prefix="best")
+        if not here and not there:
+            place.best = place.best_loss = place.best_step = None
+        self.runtime.barrier()
+        return place
 
     def save(self, place: Place) -> str:
         """Writes a checkpoint, and removes those that are no longer wanted. Every process must call this."""

@@ -50,6 +50,8 @@ class Progress:
     seconds_left: float
     skipped: int
     """Steps left out so far because a number was not finite."""
+    passing: bool = False
+    """For the eye alone: comes by the clock, between two records that are kept in the log."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +102,10 @@ class Log:
 
     def write(self, record: Record) -> None:
         """Keeps a Progress or Scores record; the others are not numbers."""
-        if not isinstance(record, Progress | Scores):
+        if not isinstance(record, Progress | Scores) or (isinstance(record, Progress) and record.passing):
             return
         plain = {"kind": "train" if isinstance(record, Progress) else "scores", **asdict(record)}
+        plain.pop("passing", None)
         finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()

@@ -64,6 +64,9 @@ def train(training: Training) -> Iterator[Record]:
     t, place, pace, runtime = training, training.place, training.pace, training.runtime
     feed, meter = Feed(t.batches, place, pace), Meter(place, pace, runtime)
     set_training_mode(t)
+    if place.step < pace.steps and out_of_patience(t):
+        yield Stopped(step=place.step, reason="patience")
+        return
     with Interrupt() as interrupt:
         while place.step < pace.steps:
             t.optimiser.set_rate(t.schedule(place.step))
@@ -97,6 +100,8 @@ def train(training: Training) -> Iterator[Record]:
 
             if pace.logs(place.step) or stop:
                 yield meter.progress(t.optimiser.rate)
+            elif meter.silent_for() > pace.speak_seconds:
+                yield meter.progress(t.optimiser.rate, passing=True)
             if t.evaluate is not None and pace.evaluates(place.step):
                 with meter.paused():
                     scores = examine(t)

@@ -60,7 +60,7 @@ class Meter:
 
     def __init__(self, place: Place, pace: Pace, runtime: Runtime) -> None:
         self.place, self.pace, self.runtime = place, pace, runtime
-        self.began = self.saved = self.last = self.ticked = time.perf_counter()
+        self.began = self.saved = self.last = self.ticked = self.spoken = time.perf_counter()
         self.first_step = place.step
         self.waited = self.norm = self.images = 0.0
         self.losses: list[Tensor] = []
@@ -115,8 +115,12 @@ class Meter:
         self.ticked = now
         return now
 
-    def progress(self, rate: float) -> Progress:
-        """The record of the steps since the last one."""
+    def silent_for(self) -> float:
+        """Seconds since the last record."""
+        return time.perf_counter() - self.spoken
+
+    def progress(self, rate: float, passing: bool = False) -> Progress:
+        """The record of the steps since the last one that was not passing."""
         place, pace = self.place, self.pace
         now = self.clock()
         passed = max(now - self.last, 1e-9)
@@ -136,6 +140,10 @@ class Meter:
             seconds=place.seconds,
             seconds_left=left,
             skipped=place.skipped,
+            passing=passing,
         )
+        self.spoken = now
+        if passing:
+            return record
         self.last, self.waited, self.images, self.sums = now, 0.0, 0.0, [0.0] * 4
         return record

@@ -24,6 +24,8 @@ class Pace:
     """0 saves at the end only."""
     save_seconds: float = 600.0
     """A checkpoint is also due when this much time has passed since the last."""
+    speak_seconds: float = 2.0
+    """A passing record of progress comes when nothing was said for so long."""
     patience: int = 0
     """Evaluations without a better score before the run stops; 0 never stops it."""
     bad_steps: int = 10

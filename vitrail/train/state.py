@@ -8,13 +8,14 @@ never loaded. Nothing is pickled.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,28 @@ def prune(folder: Path, keep: int, best: Iterable[int | None] = ()) -> None:
         if gone != path:
             os.replace(path, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Inside, the folder is this process's alone; TrainingError when another process holds it.
+
+    The system gives the claim up when the process ends, however it ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".claim", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise TrainingError(
+                f"Another process is training into {folder}. Wait, or take another --output."
+            ) from None
+        yield
 
 
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:
