@@ -7,7 +7,8 @@ meet; windows that the move wraps around an edge are kept apart by a mask.
 Any grid: an axis that is no longer than the window is one window and is not shifted (the original's rule at
 its native sizes, taken axis by axis); a longer one is padded with zeros below and to the right, before the
 shift (the order of the detection code; the padding is attended to, as there). Windows, shift and mask follow
-from the grid in every call, and no module remembers a resolution.
+from the grid in every call, and no module remembers a resolution. (An exported graph has a free batch, but the
+size that it was exported at: how many windows there are decides the shapes inside.)
 """
 
 from __future__ import annotations
