@@ -32,7 +32,7 @@ SMALL = (
     "vit_nano_patch4_32",
     "deit_nano_patch4_32",
     "cait_nano_patch4_32",
-    "t2t_vit_nano_32",
+    "t2t_nano_32",
     "pvt_v2_nano_32",
     "swin_nano_patch2_32",
     "pit_nano_32",
