@@ -129,5 +129,5 @@ def test_smaller_shares_of_the_training_pictures_lie_within_larger_ones() -> Non
     assert {tenth.name(index) for index in range(len(tenth))} < names
     for kept, whole in zip(half.counts().values(), source.counts().values(), strict=True):
         assert kept == round(0.5 * whole)
-    with pytest.raises(ConfigError, match="got 1.5"):
+    with pytest.raises(ConfigError, match=r"got 1\.5"):
         part_of(source, 1.5)
