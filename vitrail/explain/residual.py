@@ -81,7 +81,8 @@ def stem_words(stem: Stem) -> str:
 
 def block_words(block: ResidualBlock) -> str:
     """What a block is made of: `1 × 1, 3 × 3, 1 × 1 convolutions + shortcut`, and the gates in it."""
-    kernels: list[Any] = [layer.conv.kernel_size for layer in block.layers]
+    layers: Any = block.layers
+    kernels = [layer.conv.kernel_size for layer in layers]
     words = ", ".join(f"{rows} × {columns}" for rows, columns in kernels) + " convolutions"
     if isinstance(block.gate, SqueezeExcite):
         words += ", squeeze-and-excitation"
