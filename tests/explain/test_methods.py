@@ -36,8 +36,9 @@ def state(model: torch.nn.Module) -> list[Any]:
         )
         for module in model.modules()
     ]
+    owned = [sorted(vars(module)) for module in model.modules()]
     flags = [(parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    return [hooks, flags, [getattr(stage, "recompute", None) for stage in stages_of(model).values()]]
+    return [hooks, owned, flags, [getattr(stage, "recompute", None) for stage in stages_of(model).values()]]
 
 
 @pytest.mark.parametrize(("family", "method"), PAIRS)
@@ -61,12 +62,12 @@ def test_every_pair_gives_a_map_a_picture_and_leaves_nothing_behind(family: str,
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_error_inside_leaves_nothing_behind_either(family: str) -> None:
     model = tiny(family)
-    before = state(model)
 
     def failing(*_: Any) -> None:
         raise RuntimeError("the head has failed")
 
     model.head.forward = failing
+    before = state(model)
     for method in methods_for(model):
         with pytest.raises(RuntimeError, match="the head has failed"):
             heat_of(model, pictures(model, 1), [0], method, OPTIONS)
