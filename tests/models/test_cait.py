@@ -97,6 +97,15 @@ def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int],
             assert measured(apart(ours(images), expected), ours, theirs, size) < 1e-5
 
 
+def test_a_saved_folder_opens_in_timm(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = registry.create_model("cait_nano_patch4_32", depth=2).eval()
+    model.save_pretrained(tmp_path / "saved")
+    theirs, images = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        assert torch.allclose(model(images), theirs.eval()(images), atol=1e-5)
+
+
 def test_positions_follow_the_picture(tmp_path: Path) -> None:
     model = registry.create_model("cait_nano_patch4_32", depth=1).eval()
     written = adapter.write(model.state_dict(), cait.RENAMES[0], cait.context(model.config))

@@ -180,6 +180,16 @@ def test_reads_the_authors_file_with_its_wrapper(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(images), model(images))
 
 
+@pytest.mark.parametrize("changes", [{}, {"position_on_prefix": False, "layer_scale": 0.5, "distilled": False}])
+def test_a_saved_folder_opens_in_timm(changes: dict[str, Any], tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model, images = _tiny(**changes), torch.randn(2, 3, 32, 32)
+    model.save_pretrained(tmp_path / "saved")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    with torch.inference_mode():
+        assert torch.allclose(model(images), theirs(images), atol=1e-5)
+
+
 def test_a_plain_file_is_refused_by_a_distilled_model() -> None:
     plain, distilled = _tiny(distilled=False), _tiny()
     written = adapter.write(plain.state_dict(), deit.RENAMES[0], deit.context(plain.config))
