@@ -14,8 +14,10 @@ import pytest
 import torch
 
 from tests.train import processes as processes_
+from tests.train.killed import pictures
 from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.runtime import choose_device, choose_precision, has_bfloat16, open_runtime
+from vitrail.train.log import read_log
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,3 +97,35 @@ def test_impossible_wishes_are_refused() -> None:
         choose_precision("int8", torch.device("cpu"))
     with pytest.raises(UnsupportedError, match="more than one process"):
         open_runtime("cpu", shard=True)
+
+
+@pytest.mark.slow
+def test_the_command_trains_alike_with_one_process_or_two_and_goes_on_with_either(tmp_path: Path) -> None:
+    """Losses of `vitrail train` under torchrun, and a run begun by two processes that one takes up."""
+    pictures(tmp_path / "data")
+    one = command(tmp_path / "data", tmp_path / "one", processes=1, epochs=4)
+    two = command(tmp_path / "data", tmp_path / "two", processes=2, epochs=4)
+    assert two == pytest.approx(one, rel=1e-4)
+    command(tmp_path / "data", tmp_path / "changing", processes=2, epochs=2)
+    changing = command(tmp_path / "data", tmp_path / "changing", processes=1, epochs=4)
+    assert len(changing) == len(one) == 24
+
+
+def command(data: Path, output: Path, processes: int, epochs: int) -> list[float]:
+    """Losses by step of the command line's run; what is random in the network is off."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+        start += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]
+    line = f"-m vitrail train {data} --output {output} --epochs {epochs} --model vit_tiny_patch16_224 --img-size 16"
+    line += (
+        " --model-kwargs patch_size=8 width=16 depth=1 heads=2 hidden=32 --batch-size 8 --opt adamw --lr 0.01"
+    )
+    line += " --mixup 0 --cutmix 0 --drop-path 0 --aa none --workers 0 --device cpu --precision fp32"
+    line += " --warmup-epochs 0.5 --model-ema 0.9"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*start, *line.split()], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [found["loss"] for found in read_log(output / "metrics.jsonl") if found["kind"] == "train"]
