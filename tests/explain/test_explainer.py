@@ -39,7 +39,7 @@ def test_one_call_gives_a_map_over_the_picture(folder: Path, photo: Path) -> Non
     assert (found.method, found.label, found.target, found.class_specific) == ("relevance", "cat", 2, True)
     assert found.overlay().shape == (200, 300, 3)
     assert found.values.shape == (4, 4) and found.values.dtype == np.float32
-    assert set(found.faithfulness) == {"mean", "blur"}
+    assert set(found.faithfulness) == {"mean", "blur", "removal"}
     assert set(found.controls["mean"]) == {"random", "centre"}
     record = json.loads(json.dumps(found.to_dict()))
     assert record["label"] == "cat" and record["predicted"] in LABELS
@@ -122,7 +122,7 @@ def test_the_command_writes_maps_records_and_the_page(
     with Image.open(out / "relevance.png") as drawn:
         assert drawn.size == (300, 200)
     told = capsys.readouterr()
-    assert "scoring costs about 368 forward passes" in told.err
+    assert "scoring costs about 552 forward passes" in told.err
     assert "relevance" in told.out and "bee" in told.out
     assert main(["explain", str(folder), str(photo), "--method", "nothing"]) == 2
     assert "method must be one of" in capsys.readouterr().err

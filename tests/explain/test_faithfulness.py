@@ -6,12 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.explain.families import FAMILIES, pictures, tiny
 from vitrail.explain.faithfulness import (
     FILLS,
     Score,
     better_by_chance,
     centre_map,
     filled,
+    fills_for,
     forwards,
     interval,
     random_map,
@@ -135,3 +137,27 @@ def test_a_method_that_knows_nothing_gets_a_warning() -> None:
     assert warnings["good"] == "" and warnings["random"] == ""
     assert warnings["noise"] == "no better than a random map"
     assert warnings["weak"] == "no better than pointing at the middle"
+
+
+def test_removing_tokens_is_running_without_them() -> None:
+    """No position: the tokens that are left must give what an image of those patches alone gives."""
+    model = tiny("vit", position="none")
+    picture = pictures(model, 1)[0]
+    half = torch.zeros(4, 4)
+    half[:2] = 1  # the upper half counts most
+    assert "removal" in fills_for(model)
+    with torch.no_grad():
+        lower = model(picture[None, :, 16:]).softmax(1)[0, 2]
+        upper = model(picture[None, :, :16]).softmax(1)[0, 2]
+        whole = model(picture[None]).softmax(1)[0, 2]
+    (score,) = score_maps(model, picture, 2, half[None], fill="removal", steps=2)
+    (other,) = score_maps(model, picture, 2, -half[None], fill="removal", steps=2)
+    # with two steps the area is (ends / 2 + middle) / 2, and both maps share the ends
+    assert score.deletion - other.deletion == pytest.approx(float(lower - upper) / 2, abs=1e-5)
+    nothing = 4 * score.deletion - float(whole) - 2 * float(lower)
+    assert score.insertion == pytest.approx((nothing / 2 + float(upper) + float(whole) / 2) / 2, abs=1e-5)
+
+
+def test_tokens_are_removed_only_where_attention_alone_reads_them() -> None:
+    can = {family: "removal" in fills_for(tiny(family)) for family in FAMILIES}
+    assert can == {family: family in ("vit", "deit", "cait", "performer") for family in FAMILIES}

@@ -89,7 +89,7 @@ def test_pointing_holding_and_letting_go(browser: Any, tmp_path: Path) -> None:
     assert page.inner_text("#lookswords").startswith("Row 1, column 4")  # let go
     page.click("#tokens button")
     assert "class token attends" in page.inner_text("#lookswords")
-    assert page.locator("#scores tbody tr").count() == 4
+    assert page.locator("#scores tbody tr").count() == 6
     assert troubles == []
     page.close()
 

@@ -92,7 +92,7 @@ def _trial(run: ExplainRun, scored: Scored) -> None:
     show.table(columns, rows, right=[*columns[2:5], *columns[6:9]])
     order = "the same" if found.agreed else "not the same: trust neither order alone"
     show.say(
-        f"{found.images} pictures; the order of the methods under both fills is {order}\nwritten: {scored.path}"
+        f"{found.images} pictures; the order of the methods under all fills is {order}\nwritten: {scored.path}"
     )
 
 

@@ -19,7 +19,7 @@ from vitrail.data.image import decode
 from vitrail.data.transforms import Geometry, Preprocess, normalise
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, suggestion
-from vitrail.explain.faithfulness import CONTROLS, FILLS, Score, centre_map, random_map, score_maps
+from vitrail.explain.faithfulness import CONTROLS, Score, centre_map, fills_for, random_map, score_maps
 from vitrail.explain.heat import Heat
 from vitrail.explain.methods import (
     METHODS,
@@ -276,7 +276,7 @@ class Explainer:
         maps = torch.stack([heat.regions(size, self.regions)[0], centre_map(self.regions), *chances])
         faithfulness: dict[str, Score] = {}
         controls: dict[str, dict[str, Score]] = {}
-        for fill in FILLS:
+        for fill in fills_for(self.network):
             mine, centre, *random = score_maps(self.network, images[0], target, maps, fill=fill, steps=STEPS)
             chance = Score(
                 deletion=sum(found.deletion for found in random) / len(random),

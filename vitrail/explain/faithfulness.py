@@ -5,7 +5,8 @@ deletion    the regions are filled in, those that count most first; the class's 
 insertion   the same from an image that is all filled in, the regions brought back; the area should be high.
 
 Both after Petsiuk et al. 2018 (1806.07421), with two fills, since a fill is itself a picture that the network has
-an opinion about: the mean colour, and the picture blurred away. A map says something only if it does better than
+an opinion about: the mean colour, and the picture blurred away. Where a head reads [CLS] alone over one grid of
+patches, tokens can also be left out for good: no query sees them. A map says something only if it does better than
 chance and better than pointing at the middle, so both controls go through the same measurement.
 """
 
@@ -19,11 +20,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vitrail.explain.attention import Look, blocks_of, explicit, mixers_of
+from vitrail.explain.capture import stages_of
 from vitrail.explain.occlusion import region_labels
+from vitrail.explain.places import reaches
+from vitrail.explain.rollout import reads_prefix
 from vitrail.explain.still import held_still
 
-Fill = Literal["mean", "blur"]
+Fill = Literal["mean", "blur", "removal"]
 FILLS: tuple[Fill, ...] = ("mean", "blur")
+"""The fills that every network takes."""
 CONTROLS = ("random", "centre")
 """Maps that know nothing of the image: a new one by chance for each, and the distance from the middle."""
 
@@ -52,6 +58,24 @@ class Score:
 def forwards(maps: int, steps: int, fills: int = len(FILLS)) -> int:
     """Forward passes that scoring so many maps of one image costs: two curves for each fill, with shared ends."""
     return fills * (2 * (steps - 1) * maps + 2)
+
+
+def fills_for(network: nn.Module) -> tuple[Fill, ...]:
+    """The fills that mean something for a network: tokens can be removed where only attention ever reads them."""
+    stages = list(stages_of(network).values())
+    kept = all(not _changes_size(stage.entry) for stage in stages[1:])
+    removable = stages and kept and reads_prefix(network) and not _no_mixers(network)
+    return (*FILLS, "removal") if removable else FILLS
+
+
+def _changes_size(entry: nn.Module) -> bool:
+    """Whether an entry makes new cells of several old ones."""
+    return bool(reaches(entry, (64, 64)))
+
+
+def _no_mixers(network: nn.Module) -> bool:
+    mixers = mixers_of(network)
+    return any(not any(name.startswith(block + ".") for name in mixers) for block in blocks_of(network))
 
 
 def filled(image: Float[Tensor, "C I J"], fill: Fill) -> Float[Tensor, "C I J"]:
@@ -94,16 +118,23 @@ def score_maps(
     masks = [
         (found[labels] < count.to(labels.device)) for found in ranks for count in inside
     ]  # what counts most
+    if fill == "removal":
+        hidden = torch.stack([labels < 0, labels >= 0, *masks, *(~mask for mask in masks)])
+        return _areas(_without(network, image, hidden, target, chunk), len(maps), steps)
     blank = filled(image, fill)
     pictures = [torch.where(mask, blank, image) for mask in masks] + [
         torch.where(mask, image, blank) for mask in masks
     ]
-    found = _probabilities(network, [image, blank, *pictures], target, chunk)
-    whole, nothing, curves = found[0], found[1], found[2:].view(2, len(maps), steps - 1)
+    return _areas(_probabilities(network, [image, blank, *pictures], target, chunk), len(maps), steps)
+
+
+def _areas(found: Float[Tensor, " n"], maps: int, steps: int) -> list[Score]:
+    """Scores from the probabilities of the whole image, of nothing, and of what lies between, deletion first."""
+    whole, nothing, curves = found[:1], found[1:2], found[2:].view(2, maps, steps - 1)
     scores = []
     for deleting, inserting in zip(curves[0], curves[1], strict=True):
-        deletion = torch.trapezoid(torch.cat([whole[None], deleting, nothing[None]])) / steps
-        insertion = torch.trapezoid(torch.cat([nothing[None], inserting, whole[None]])) / steps
+        deletion = torch.trapezoid(torch.cat([whole, deleting, nothing])) / steps
+        insertion = torch.trapezoid(torch.cat([nothing, inserting, whole])) / steps
         scores.append(Score(deletion=float(deletion), insertion=float(insertion)))
     return scores
 
@@ -123,6 +154,29 @@ def _probabilities(
         for first in range(0, len(images), chunk):
             logits = network(torch.stack(list(images[first : first + chunk])))
             found.append(logits.float().softmax(dim=1)[:, target].cpu())
+    return torch.cat(found)
+
+
+def _without(
+    network: nn.Module, image: Tensor, hidden: Tensor, target: int, chunk: int
+) -> Float[Tensor, " n"]:
+    """The class's probability when no query sees the tokens whose middle lies in a hidden pixel [n, I, J]."""
+    found = []
+    for first in range(0, len(hidden), chunk):
+        part = hidden[first : first + chunk]
+
+        def alter(look: Look, weights: Tensor, part: Tensor = part) -> Tensor:
+            place = look.placement
+            ys = ((torch.arange(look.grid.rows) + 0.5) * place.scale_y + place.shift_y).long()
+            xs = ((torch.arange(look.grid.columns) + 0.5) * place.scale_x + place.shift_x).long()
+            cells = ~part[:, ys][:, :, xs].flatten(1)  # [n, cells]
+            seen = torch.cat([cells.new_ones(len(cells), look.keys.prefix), cells], dim=1)
+            kept = weights * seen[:, None, None]
+            return kept / kept.sum(dim=-1, keepdim=True).clamp_min(1e-12)
+
+        with held_still(network), torch.no_grad(), explicit(network, alter=alter):
+            logits = network(image.expand(len(part), -1, -1, -1))
+        found.append(logits.float().softmax(dim=1)[:, target].cpu())
     return torch.cat(found)
 
 

@@ -92,19 +92,19 @@ METHODS: dict[str, Method] = {
     # name              function, about a class?, options, what it needs, cost
     "attention": Method(
         _attention,
-        False, frozenset({"layer", "head", "token"}), _no_attention, lambda to: 1.2,
+        False, frozenset({"layer", "head", "token"}), _no_attention, lambda to: 1.0,
     ),
     "rollout": Method(
         lambda net, images, targets, to: rollout(net, images, to.token),
-        False, frozenset({"token"}), _no_chain, lambda to: 1.3,
+        False, frozenset({"token"}), _no_chain, lambda to: 1.1,
     ),
     "relevance": Method(
         lambda net, images, targets, to: relevance(net, images, targets, to.token),
-        True, frozenset({"token"}), _no_chain, lambda to: 3.5,
+        True, frozenset({"token"}), _no_chain, lambda to: 2.7,
     ),
     "gradcam": Method(
         lambda net, images, targets, to: gradcam(net, images, targets, to.layer),
-        True, frozenset({"layer"}), _nothing, lambda to: 1.5,
+        True, frozenset({"layer"}), _nothing, lambda to: 1.2,
     ),
     "integrated_gradients": Method(
         lambda net, images, targets, to: integrated_gradients(net, images, targets, steps=to.steps),

@@ -14,11 +14,11 @@ from vitrail.data.transforms import normalise
 from vitrail.explain.explainer import STEPS, Explainer
 from vitrail.explain.faithfulness import (
     CONTROLS,
-    FILLS,
     Fill,
     Score,
     Standing,
     centre_map,
+    fills_for,
     forwards,
     random_map,
     score_maps,
@@ -43,7 +43,7 @@ class Trial:
 
     @property
     def agreed(self) -> bool:
-        """Whether both fills put the methods in the same order."""
+        """Whether all fills put the methods in the same order."""
         orders = {
             tuple(row.method for row in rows if row.method not in CONTROLS) for rows in self.tables.values()
         }
@@ -64,7 +64,8 @@ class Trial:
 def cost(explainer: Explainer, methods: Sequence[str], images: int, options: Options) -> float:
     """About how many forward passes a trial takes."""
     maps = sum(METHODS[method].forwards(options) for method in methods)
-    return images * (1 + maps + forwards(len(methods) + len(CONTROLS), STEPS))
+    fills = len(fills_for(explainer.network))
+    return images * (1 + maps + forwards(len(methods) + len(CONTROLS), STEPS, fills))
 
 
 def trial(
@@ -90,9 +91,9 @@ def trial(
     """
     options = options or Options(grid=explainer.regions)
     methods = [choose(explainer.network, method) for method in methods]
-    network, regions = explainer.network, explainer.regions
+    network, regions, fills = explainer.network, explainer.regions, fills_for(explainer.network)
     found: dict[Fill, dict[str, list[Score]]] = {
-        fill: {name: [] for name in (*methods, *CONTROLS)} for fill in FILLS
+        fill: {name: [] for name in (*methods, *CONTROLS)} for fill in fills
     }
     done = 0
     for picture in pictures:
@@ -105,7 +106,7 @@ def trial(
             for method in methods
         ]
         maps += [random_map(regions, seed + done), centre_map(regions)]
-        for fill in FILLS:
+        for fill in fills:
             scores = score_maps(network, images[0], target, torch.stack(maps), fill=fill, steps=STEPS)
             for name, score in zip((*methods, *CONTROLS), scores, strict=True):
                 found[fill][name].append(score)
@@ -117,6 +118,6 @@ def trial(
         images=done,
         regions=regions,
         steps=STEPS,
-        tables={fill: standings(found[fill], fill) for fill in FILLS},
+        tables={fill: standings(found[fill], fill) for fill in fills},
         scores=found,
     )

@@ -23,7 +23,7 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation
 from vitrail.explain.explorer import explorer
-from vitrail.explain.faithfulness import forwards
+from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
 from vitrail.explain.still import held_still
@@ -78,7 +78,8 @@ def explain(run: ExplainRun) -> Iterator[Explained]:
         raise DataError("There is no picture to explain: name files, folders or patterns.")
     methods = _methods(run.method, explainer, options, ("auto",))
     if run.score:
-        _announce(explainer, len(paths) * (len(methods) * forwards(2 + CHANCES, STEPS)), "scoring")
+        each = forwards(2 + CHANCES, STEPS, len(fills_for(explainer.network)))
+        _announce(explainer, len(paths) * len(methods) * each, "scoring")
     yield from _explained(run, explainer, paths, methods, note)
 
 
