@@ -1,8 +1,8 @@
 """Started by test_kill.py: one run to its end, and the same run killed again and again.
 
-    killed.py FOLDER KILLS SEED
+    killed.py FOLDER KILLS EPOCHS SEED
 
-The modules are imported once; every sitting is a fork of this process, which has touched no thread pool.
+The modules are imported once (some only to spare every sitting their import); every sitting is a fork of this process, which has touched no thread pool.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy
 import torch
+import torch._dynamo
+import torch.utils.tensorboard
 from PIL import Image
 
 from vitrail.jobs.train import train
@@ -35,7 +37,7 @@ def pictures(folder: Path) -> None:
                 Image.fromarray(noise.astype(numpy.uint8)).save(place / f"{index:03d}.png")
 
 
-def sit(data: Path, output: Path) -> None:
+def sit(data: Path, output: Path, epochs: int) -> None:
     """One sitting, in this process."""
     train(
         TrainRun(
@@ -44,7 +46,7 @@ def sit(data: Path, output: Path) -> None:
             model="vit_tiny_patch16_224",
             img_size=(16,),
             model_kwargs=("patch_size=4", "width=32", "depth=2", "heads=2", "hidden=64", "drop_rate=0.1"),
-            epochs=8,
+            epochs=epochs,
             batch_size=4,
             grad_accum_steps=2,
             workers=2,
@@ -62,14 +64,14 @@ def sit(data: Path, output: Path) -> None:
     )
 
 
-def start(data: Path, output: Path) -> int:
+def start(data: Path, output: Path, epochs: int) -> int:
     """A sitting in a process of its own; its number."""
     process = os.fork()
     if process:
         return process
     status = 1
     try:
-        sit(data, output)
+        sit(data, output, epochs)
         status = 0
     finally:
         os._exit(status)
@@ -81,16 +83,16 @@ def finish(process: int) -> None:
         sys.exit(f"a sitting ended with {status}")
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
+def main(folder: Path, kills: int, epochs: int, seed: int) -> None:
     torch.set_num_threads(1)
     chance = random.Random(seed)
     pictures(folder / "data")
     began = time.monotonic()
-    finish(start(folder / "data", folder / "whole"))
+    finish(start(folder / "data", folder / "whole", epochs))
     duration = time.monotonic() - began
     done = 0
     while done < kills:
-        process = start(folder / "data", folder / "killed")
+        process = start(folder / "data", folder / "killed", epochs)
         # Long enough to come forward now and then, short enough to be cut off nearly always.
         time.sleep(chance.uniform(0.1, 0.4) * duration)
         os.kill(process, signal.SIGKILL)
@@ -100,8 +102,8 @@ def main(folder: Path, kills: int, seed: int) -> None:
         print(f"killed {done}: {place.read_text() if place.exists() else 'before the first checkpoint'}")
         if status == 0:  # it was through already: start over, so that every kill hits a running run
             (folder / "killed").rename(folder / f"through-{done}-{time.monotonic_ns()}")
-    finish(start(folder / "data", folder / "killed"))
+    finish(start(folder / "data", folder / "killed", epochs))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), *(int(word) for word in sys.argv[2:]))
