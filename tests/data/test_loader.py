@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import time
@@ -188,6 +189,17 @@ def test_too_many_unreadable_pictures_stop_the_run_with_their_names() -> None:
         list(train_loader(Pictures(100, bad=(3,)), max_bad_share=0.0))
     with pytest.raises(DataError, match="No readable picture"):
         list(train_loader(Pictures(16, bad=tuple(range(16))), max_bad_share=1.0))
+
+
+def test_the_workers_of_a_loader_that_is_let_go_end_at_once() -> None:
+    """Not when the garbage collector comes by, in whose hands torch waits five seconds for each worker."""
+    loader = train_loader(Pictures(16), workers=2)
+    list(loader)
+    began = time.monotonic()
+    assert multiprocessing.active_children()
+    del loader
+    assert not multiprocessing.active_children()
+    assert time.monotonic() - began < 4
 
 
 def test_a_worker_that_hangs_is_reported() -> None:

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import signal
+import weakref
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -357,13 +358,19 @@ TRIES = 100
 
 
 class Shares(Sampler[Share]):
-    """Torch's name for what says which items are next."""
+    """Torch's name for what says which items are next.
+
+    The loader is held weakly: it holds the worker processes, and in a cycle with them it would be left to the
+    garbage collector, in whose hands torch waits five seconds for each worker.
+    """
 
     def __init__(self, loader: Loader) -> None:
-        self.loader = loader
+        self.loader = weakref.ref(loader)
 
     def __iter__(self) -> Iterator[Share]:
-        return self.loader.shares()
+        loader = self.loader()
+        assert loader is not None
+        return iter(list(loader.shares()))
 
 
 def _as_it_is(built: Built) -> Built:
