@@ -151,6 +151,16 @@ def test_a_convolutional_network_tells_its_own_steps(name: str) -> None:
     assert data["words"]["piece"] == "cell"
 
 
+@pytest.mark.parametrize(("stem", "alone"), [("patch", True), ("conv", False)])
+def test_pixels_are_called_the_projections_input_only_where_they_are(stem: str, alone: bool) -> None:
+    torch.manual_seed(0)
+    network = vitrail.create_model("vit_nano_patch4_32", stem=stem).eval()
+    pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    found = trace(network, pixels, network.card.preprocessing, Classify(["a"] * 10))
+    read = check_page(page(found), found)["words"]["read"]
+    assert ("neighbours" not in read) == alone
+
+
 def test_the_strength_of_a_block_is_where_its_map_is_large() -> None:
     torch.manual_seed(0)
     network = vitrail.create_model("resnet20_32").eval()

@@ -26,7 +26,7 @@ def page(trace: Trace) -> str:
     template = resources.files("vitrail.explain").joinpath("trace.html").read_text(encoding="utf-8")
     best = trace.prediction.top[0]
     data = json.dumps(_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-    told = words(trace.convolutional)
+    told = words(trace.convolutional, trace.overlapping)
     replaced = {
         "TITLE": html.escape(f"{trace.source} through {trace.model}"),
         "SUMMARY": html.escape(f"{trace.model} says {best.label}, {best.score:.1%}"),
@@ -55,7 +55,7 @@ def _rows(trace: Trace) -> str:
 def _data(trace: Trace) -> dict[str, Any]:
     return {
         "image": _png(visible(trace.pixels)),
-        "words": dataclasses.asdict(words(trace.convolutional)),
+        "words": dataclasses.asdict(words(trace.convolutional, trace.overlapping)),
         "channels": int(trace.pixels.shape[0]),
         "height": int(trace.pixels.shape[1]),
         "width": int(trace.pixels.shape[2]),

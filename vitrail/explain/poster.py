@@ -126,7 +126,7 @@ def _patches(band: SubFigure, trace: Trace) -> None:
     """The picture under its grid, one patch flattened, and the table of steps."""
     height = _inches(band)
     grid, (rows, columns) = trace.stages[0].grid, trace.patch
-    size, told = trace.pixels.shape[1:], words(trace.convolutional)
+    size, told = trace.pixels.shape[1:], words(trace.convolutional, trace.overlapping)
     _heading(
         band, height, 1, told.cut,
         f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} {told.pieces} of {rows} × {columns}",
@@ -182,7 +182,7 @@ def _strip(band: SubFigure, trace: Trace, row: int, column: int, top: float) -> 
         )
         axes.set_ylabel(name, rotation=0, ha="right", va="center", size=7.5)
     axes.set_xlabel(
-        f"these {flat.size} numbers, normalised, {words(trace.convolutional).read}", size=8, loc="left"
+        f"these {flat.size} numbers, normalised, {words(trace.convolutional, trace.overlapping).read}", size=8, loc="left"
     )
 
 
@@ -212,7 +212,7 @@ def _steps(band: SubFigure, trace: Trace, height: float) -> None:
 
 def _tokens(band: SubFigure, trace: Trace) -> None:
     """Embeddings as a heat map, and how alike the positions are."""
-    height, stage, told = _inches(band), trace.stages[0], words(trace.convolutional)
+    height, stage, told = _inches(band), trace.stages[0], words(trace.convolutional, trace.overlapping)
     values = stage.embeddings.numpy()
     _heading(
         band, height, 3, told.made,

@@ -30,7 +30,7 @@ from vitrail.explain.capture import (
     strength,
 )
 from vitrail.explain.residual import block_words, capture_maps, is_residual, stem_words
-from vitrail.nn.entry import Patchify, PrefixTokens
+from vitrail.nn.entry import MlpStem, Patchify, PrefixTokens
 from vitrail.nn.position import LearnedPosition, SinCosPosition
 from vitrail.nn.resnet import ResidualBlock, Stem
 from vitrail.nn.shapes import Grid
@@ -116,6 +116,8 @@ class Trace:
     """What must be said aloud, such as random weights."""
     convolutional: bool = False
     """Whether cells of maps are followed, where other networks have tokens of patches."""
+    overlapping: bool = False
+    """Whether the first tokens read more than their own patch: convolutional stems, overlapping windows."""
 
     def to_dict(self) -> dict[str, Any]:
         """The story without its pictures, JSON-ready."""
@@ -192,6 +194,7 @@ def trace(
         prediction=prediction,
         note=note,
         convolutional=residual,
+        overlapping=first is not None and not isinstance(first.module, Patchify | MlpStem),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 
@@ -44,7 +45,15 @@ TOKENS = Words(
     order="the order enters in the blocks themselves",
     blocks="Block after block, tokens look at each other",
 )
-"""For networks that follow patches."""
+"""For networks that cut patches which do not overlap, and read each alone."""
+
+WINDOWS = dataclasses.replace(
+    TOKENS,
+    flat="A token stands for these pixels",
+    read="with their neighbours are what the stem reads",
+    made="Each window becomes a token",
+)
+"""For networks whose tokens come of convolutions or windows that overlap."""
 
 CELLS = Words(
     cut="The cells of the first map",
@@ -62,6 +71,8 @@ CELLS = Words(
 """For convolutional networks."""
 
 
-def words(convolutional: bool) -> Words:
+def words(convolutional: bool, overlapping: bool) -> Words:
     """Those that fit a trace."""
-    return CELLS if convolutional else TOKENS
+    if convolutional:
+        return CELLS
+    return WINDOWS if overlapping else TOKENS
