@@ -215,6 +215,7 @@ class Explainer:
         score: bool = False,
         seed: int = 0,
         name: str = "",
+        pixels: Tensor | None = None,
         layer: int | None = None,
         head: int | None = None,
         token: str = "",
@@ -229,6 +230,8 @@ class Explainer:
             score: measure deletion and insertion, beside a random map's and the centre's.
             seed: of the random maps that the score is set beside.
             name: what the picture is called in the result.
+            pixels: what the network sees, [C, h, w], where it has been prepared already; `image` is then only drawn
+                on, and may be smaller than the picture that was prepared.
             layer, head, token, steps: see `methods.Options`.
 
         Raises:
@@ -240,7 +243,7 @@ class Explainer:
         check_options([method], options)
         name = name or (os.fspath(image) if isinstance(image, str | os.PathLike) else "image")
         picture = decode(_array(image), name=name)
-        pixels = self.preprocess(picture)
+        pixels = self.preprocess(picture) if pixels is None else pixels
         with self._lock:
             images = normalise(pixels[None].to(self.device), self.engine.card.preprocessing)
             with held_still(self.network), torch.no_grad():

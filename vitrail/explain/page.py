@@ -25,7 +25,7 @@ def page(trace: Trace) -> str:
     """The page's text. Everything it shows is in it: the image, the maps as bytes, style and script."""
     template = resources.files("vitrail.explain").joinpath("trace.html").read_text(encoding="utf-8")
     best = trace.prediction.top[0]
-    data = json.dumps(_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
+    data = json.dumps(page_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
     told = words(trace.convolutional, trace.overlapping)
     replaced = {
         "TITLE": html.escape(f"{trace.source} through {trace.model}"),
@@ -52,7 +52,8 @@ def _rows(trace: Trace) -> str:
     )
 
 
-def _data(trace: Trace) -> dict[str, Any]:
+def page_data(trace: Trace) -> dict[str, Any]:
+    """What the page draws, JSON-ready: the image as a PNG, maps as bytes, words for what is shown."""
     return {
         "image": _png(visible(trace.pixels)),
         "words": dataclasses.asdict(words(trace.convolutional, trace.overlapping)),
