@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--output", type=Path, default=Path("docs/pictures/explain-gallery.png"))
-    parser.add_argument("--families", nargs="*", default=list(registry.FAMILIES))
+    parser.add_argument("--families", nargs="*", default=list(registry.families()))
     given = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import torch
 from vitrail.models import registry
 from vitrail.models.model import Model
 
-FAMILIES = tuple(registry.FAMILIES)
+FAMILIES = registry.families()
 
 
 def tiny(family: str, **changes: Any) -> Model:

@@ -23,7 +23,7 @@ def tiny(family: str) -> Any:
     return registry.from_config(next(iter(module.VARIANTS)), module.TINY).eval()
 
 
-FAMILIES = [family for family in sorted(registry.FAMILIES) if stages_of(tiny(family))]
+FAMILIES = [family for family in sorted(registry.families()) if stages_of(tiny(family))]
 """Those made of stages; residual networks of convolutions are not."""
 
 

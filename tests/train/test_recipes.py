@@ -87,5 +87,5 @@ def test_the_head_of_a_recipe_tells_command_cost_and_score(name: str) -> None:
 def test_every_family_has_a_recipe_for_small_data() -> None:
     models = [read(name).model for name in NAMES if name.endswith("-cifar10")]
     assert {registry.family_name(registry.family_of(model)) for model in models if model} == set(
-        registry.FAMILIES
+        registry.families()
     )

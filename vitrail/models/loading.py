@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from vitrail.models import registry
 from vitrail.models.model import Model
 from vitrail.weights import adapter, files, folder, rules
 from vitrail.weights.card import Card
+from vitrail.weights.reading import OWN
 
 logger = logging.getLogger(__name__)
 
@@ -82,11 +83,15 @@ def load_folder(path: str | Path) -> Model:
         raise WeightsError(
             f"{path} lacks {len(missing)} tensors of {card.architecture}, such as {min(missing)}."
         )
-    halves = (torch.float16, torch.bfloat16)  # a half-precision file makes a float32 model, as everywhere else
+    halves = (
+        torch.float16,
+        torch.bfloat16,
+    )  # a half-precision file makes a float32 model, as everywhere else
     state = {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in state.items()}
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])
     model.card, model.receipt = card, receipt
     return model.eval()
 
@@ -133,8 +138,13 @@ def _home(module: ModuleType, model: Model) -> adapter.Layout:
         layout for layout in module.RENAMES if all(any(rules.matches(layout, name, known)) for name in names)
     ]
     meant = [layout for layout in able if rules.holds(layout.requires, known)]
-    first: adapter.Layout = (*meant, *able, module.RENAMES[0])[0]
+    first: adapter.Layout = (*meant, *able, own(names))[0]
     return first
+
+
+def own(names: Sequence[str]) -> adapter.Layout:
+    """The layout in which every tensor has the name that it has in our modules."""
+    return adapter.Layout(OWN, tuple(adapter.Rule(name, name) for name in names))
 
 
 def read(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], Card | None, str]:
@@ -170,15 +180,16 @@ def classes_in(module: ModuleType, config: Any, path: str | Path) -> int | None:
     if card is not None and card.num_classes is not None:
         return card.num_classes
     own = {rules.strip(key, ()): key for key in tensors}
+    extra = getattr(module, "EXTRA_LOGITS", 0)  # rows of the head that are no class
     if "head.linear.bias" in own:  # a state dict under our own names
-        return tensors[own["head.linear.bias"]].numel()
+        return tensors[own["head.linear.bias"]].numel() - extra
     known = context(module, config)
     for layout in module.RENAMES:
         names = {rules.strip(key, layout.prefixes): key for key in tensors}
         for match in rules.matches(layout, "head.linear.bias", known):
             keys = match.keys(layout.prefixes)
             if match.rule.fit == "classes" and len(keys) == 1 and keys[0] in names:
-                return tensors[names[keys[0]]].numel()
+                return tensors[names[keys[0]]].numel() - extra
     return None
 
 

@@ -20,6 +20,8 @@ from vitrail.errors import ConfigError, ModelError, suggestion
 from vitrail.models.model import Model
 from vitrail.weights.card import Card
 
+CLASSIFICATION = "image-classification"
+
 FAMILIES: dict[str, str] = {
     # family   module
     "vit":     "vitrail.models.vit",
@@ -33,6 +35,7 @@ FAMILIES: dict[str, str] = {
     "resnet":  "vitrail.models.resnet",
     "senet":   "vitrail.models.senet",
     "nonlocal": "vitrail.models.nonlocal_net",
+    "detr":    "vitrail.models.detr",
 }  # fmt: skip
 
 
@@ -40,6 +43,16 @@ def list_models(pattern: str = "*") -> list[str]:
     """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted."""
     names = [name for family in FAMILIES for name in _module(family).VARIANTS]
     return sorted(name for name in names if fnmatch.fnmatch(name, pattern) or pattern in name)
+
+
+def families(task: str = CLASSIFICATION) -> tuple[str, ...]:
+    """The families whose networks do a task: "image-classification", "object-detection", "image-segmentation"."""
+    return tuple(family for family in FAMILIES if task_of(_module(family)) == task)
+
+
+def task_of(module: ModuleType) -> str:
+    """What a family's networks do: its TASK, or classification."""
+    return getattr(module, "TASK", CLASSIFICATION)
 
 
 def is_model(name: str) -> bool:
@@ -135,7 +148,8 @@ def from_pretrained(folder: str | Path) -> Model:
 def default_card(name: str, config: Any) -> Card:
     """The variant's card, brought to a configuration's size, channels and classes."""
     bare = _bare(name)
-    card: Card = family_of(name).CARDS.get(bare, Card(architecture=bare))
+    family = family_of(name)
+    card: Card = family.CARDS.get(bare, Card(architecture=bare, task=task_of(family)))
     if config.in_chans == card.preprocessing.in_chans:
         mean, std = card.preprocessing.mean, card.preprocessing.std
     else:

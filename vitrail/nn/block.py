@@ -26,7 +26,7 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, branch: Float[Tensor, B *rest]) -> Float[Tensor, B *rest]:
+    def forward(self, branch: Float[Tensor, B * rest]) -> Float[Tensor, B * rest]:
         if not self.training or self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
@@ -52,7 +52,8 @@ class LayerScale(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU between them, applied to every token alone.
 
-    `dropout` stands after each layer; a pair gives the rate after the first and after the second.
+    `dropout` stands after each layer; a pair gives the rate after the first and after the second. `activation`
+    stands in the GELU's place.
     """
 
     def __init__(
@@ -63,11 +64,13 @@ class Mlp(nn.Module):
         out: int | None = None,
         dropout: float | tuple[float, float] = 0.0,
         gelu: Literal["exact", "tanh"] = "exact",
+        activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
         inner, outer = dropout if isinstance(dropout, tuple) else (dropout, dropout)
         self.fc1 = nn.Linear(width, hidden)
-        self.act = nn.GELU(approximate="none" if gelu == "exact" else "tanh")
+        approximate = "none" if gelu == "exact" else "tanh"
+        self.act = nn.GELU(approximate=approximate) if activation is None else activation
         self.dropout1 = nn.Dropout(inner)
         self.fc2 = nn.Linear(hidden, width if out is None else out)
         self.dropout2 = nn.Dropout(outer)
@@ -127,7 +130,12 @@ class Branch(nn.Module):
     """What a residual adds: norm, a mixer or an MLP, layer scale, drop path."""
 
     def __init__(
-        self, width: int, body: nn.Module, eps: float = 1e-6, layer_scale: float | None = None, drop_path: float = 0.0
+        self,
+        width: int,
+        body: nn.Module,
+        eps: float = 1e-6,
+        layer_scale: float | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width, eps=eps)

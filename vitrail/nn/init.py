@@ -10,7 +10,10 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vitrail.nn.block import Mlp
+from vitrail.nn.decoder import QueryAttention
 from vitrail.nn.gates import NonLocal
+from vitrail.nn.position import LearnedAxes
 
 
 def lecun_normal_(weight: Tensor, fan_in: int) -> None:
@@ -122,3 +125,28 @@ def init_resnet(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, NonLocal):
             module.start()
+
+
+def init_detr(model: nn.Module) -> None:
+    """DETR: Xavier for every matrix of encoder and decoder, queries, keys and values drawn as one matrix.
+
+    Biases of attention are zero; queries N(0, 1), learned positions U(0, 1); heads keep torch's default. The
+    backbone stays as its own family starts it.
+    """
+    for name, module in model.named_modules():
+        if not name.startswith(("encoder.", "decoder.")):
+            continue
+        if isinstance(module, QueryAttention):
+            for part in (module.query, module.key, module.value):
+                bound = math.sqrt(6 / (part.in_features + 3 * part.out_features))
+                nn.init.uniform_(part.weight, -bound, bound)
+            nn.init.xavier_uniform_(module.proj.weight)
+            for part in (module.query, module.key, module.value, module.proj):
+                nn.init.zeros_(part.bias)
+        elif isinstance(module, Mlp):
+            nn.init.xavier_uniform_(module.fc1.weight)
+            nn.init.xavier_uniform_(module.fc2.weight)
+    for module in model.modules():
+        if isinstance(module, LearnedAxes):
+            nn.init.uniform_(module.rows.weight)
+            nn.init.uniform_(module.columns.weight)

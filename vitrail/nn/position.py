@@ -6,11 +6,12 @@ google-research/big_vision `posemb_sincos_2d` (sine/cosine over rows and columns
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
@@ -27,13 +28,49 @@ def resample_table(
 
     "bicubic" is antialiased (timm), "bilinear" is not (PVT).
     """
-    if not torch.compiler.is_exporting() and old == new:  # an exported graph keeps its size free
+    if torch.compiler.is_exporting():
+        return _resampled_by_products(table, old, new, prefix, method)
+    if old == new:
         return table
     head, body = table[:, :prefix], table[:, prefix:]
     image = body.float().transpose(1, 2).unflatten(2, tuple(old))  # [1, D, h, w]
     antialias = method == "bicubic"
     image = F.interpolate(image, size=tuple(new), mode=method, antialias=antialias, align_corners=False)
     return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # [1, P + h' * w', D]
+
+
+def _resampled_by_products(
+    table: Float[Tensor, "one N D"], old: Grid, new: Grid, prefix: int, method: Resampling
+) -> Float[Tensor, "one M D"]:
+    """The same as two matrix products, for exported graphs: their size stays free, and engines that know no
+    antialiased resizing, or another one at the borders, compute it as torch does."""
+    head, body = table[:, :prefix], table[0, prefix:]
+    down = resampling_matrix(old.rows, new.rows, method, table.device)  # [h', h]
+    right = resampling_matrix(old.columns, new.columns, method, table.device)  # [w', w]
+    map = (down @ body.float().view(old.rows, -1)).unflatten(1, (old.columns, -1))  # [h', w, D]
+    rows: Tensor = (right @ map).flatten(0, 1)[None]  # [1, h' * w', D]
+    return torch.cat([head, rows.to(table.dtype)], dim=1)  # [1, P + h' * w', D]
+
+
+def resampling_matrix(
+    old: int, new: int, method: Resampling, device: torch.device | None = None
+) -> Float[Tensor, "M N"]:
+    """How much each of `old` cells in a row counts in each of `new` ones; rows sum to one.
+
+    "bicubic" is Keys' kernel with a = -1/2, widened where cells grow (antialiasing), cut off and normalised at
+    the ends; "bilinear" is neither widened nor cut off: places beyond the last cell's middle take that cell.
+    """
+    places = torch.arange(new, device=device, dtype=torch.float32)  # [M]
+    scale = old / torch.ones_like(places).sum()  # counted, not read: in an exported graph `new` may be free
+    middles, cells = (places + 0.5) * scale, torch.arange(old, device=device, dtype=torch.float32) + 0.5
+    if method == "bilinear":
+        middles = middles.clamp(0.5, old - 0.5)
+        return (1 - (cells - middles[:, None]).abs()).clamp(min=0)  # [M, N]
+    away = (cells - middles[:, None]).abs() / scale.clamp(min=1)  # [M, N]
+    near = (1.5 * away - 2.5) * away * away + 1
+    far = ((-0.5 * away + 2.5) * away - 4) * away + 2
+    weights = torch.where(away < 1, near, torch.where(away < 2, far, torch.zeros_like(far)))  # [M, N]
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def sincos_1d(length: int, width: int) -> Float[Tensor, "one N D"]:
@@ -125,6 +162,67 @@ class SinCosPosition(nn.Module):
             else sincos_2d(grid, self.width)
         )
         return _add(map, prefix, table.to(map), self.prefix, self.dropout)
+
+
+class MaskedSine(nn.Module):
+    """Sines of rows, then of columns, that end at 2π where the picture ends: padding does not count (DETR).
+
+    Cells are counted from 1 to the last real one. The code is computed in float32 whatever the map's type, and
+    is as many numbers for a cell as `width`: half for the row, half for the column, sine and cosine in turn.
+    """
+
+    def __init__(self, width: int, temperature: float = 10000.0) -> None:
+        super().__init__()
+        if width % 4:
+            raise ModelError(f"A sine code of rows and columns needs a width that 4 divides; got {width}.")
+        self.width, self.temperature = width, temperature
+
+    def forward(
+        self, map: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None
+    ) -> Float[Tensor, "_ N _"]:
+        """The code of every cell in the map's type; `[1, N, width]` where nothing is padded."""
+        rows, columns = map.shape[2:]
+        if padding is None:
+            real = torch.ones(1, rows, columns, dtype=torch.float32, device=map.device)
+        else:
+            real = (~padding).float()
+        codes = []
+        for axis in (1, 2):
+            place = real.cumsum(axis)
+            place = place / (place.narrow(axis, place.shape[axis] - 1, 1) + 1e-6) * (2 * math.pi)
+            codes.append(sine_code(place, self.width // 2, self.temperature))
+        return torch.cat(codes, dim=-1).flatten(1, 2).to(map.dtype)  # [B, h * w, width]
+
+
+def sine_code(angles: Float[Tensor, "*B"], width: int, temperature: float) -> Float[Tensor, "*B D"]:
+    """Sine and cosine in turn of angles at wavelengths 2π to `temperature` times that."""
+    order = torch.arange(width, dtype=torch.float32, device=angles.device)
+    phases = angles[..., None] / temperature ** (2 * torch.div(order, 2, rounding_mode="floor") / width)
+    return torch.stack([phases[..., 0::2].sin(), phases[..., 1::2].cos()], dim=-1).flatten(-2)  # [..., width]
+
+
+class LearnedAxes(nn.Module):
+    """A learned code for each column, then one for each row, up to `cells` of either; padding counts (DETR)."""
+
+    def __init__(self, width: int, cells: int = 50) -> None:
+        super().__init__()
+        if width % 2:
+            raise ModelError(f"Learned codes of rows and columns need an even width; got {width}.")
+        self.cells = cells
+        self.rows, self.columns = nn.Embedding(cells, width // 2), nn.Embedding(cells, width // 2)
+
+    def forward(
+        self, map: Float[Tensor, "B D h w"], padding: Bool[Tensor, "B h w"] | None = None
+    ) -> Float[Tensor, "one N _"]:
+        rows, columns = map.shape[2:]
+        if max(rows, columns) > self.cells:
+            raise ModelError(
+                f"The learned positions are made for maps of up to {self.cells} x {self.cells} cells; got"
+                f" {rows} x {columns}. Take smaller pictures, or position='sine'."
+            )
+        across = self.columns.weight[None, :columns].expand(rows, -1, -1)  # [h, w, D / 2]
+        down = self.rows.weight[:rows, None].expand(-1, columns, -1)  # [h, w, D / 2]
+        return torch.cat([across, down], dim=-1).flatten(0, 1)[None].to(map.dtype)  # [1, h * w, D]
 
 
 def _add(

@@ -49,14 +49,31 @@ class ClassOutput(NamedTuple):
 
 
 class BoxOutput(NamedTuple):
-    """What a detector answers: class logits with no-object last, and boxes (cx, cy, w, h) in 0..1.
+    """What a detector answers: class logits, and boxes (cx, cy, w, h) in 0..1 of the picture without its padding.
 
-    `auxiliary` holds the same pair for every earlier decoder layer while training, else it is empty.
+    One column more than there are classes is a softmax with no-object last; as many columns are sigmoids.
+    `auxiliary` holds the same pair for every earlier decoder layer (and every further group of queries) while
+    training, else it is empty. `masks` are the logits of a panoptic head, one map a query.
     """
 
     logits: Float[Tensor, "B Q K"]
     boxes: Float[Tensor, "B Q 4"]
     auxiliary: tuple[tuple[Tensor, Tensor], ...] = ()
+    masks: Float[Tensor, "B Q h w"] | None = None
+
+
+class DenseBoxOutput(NamedTuple):
+    """What a detector answers that predicts at every cell of a pyramid: one row a cell, fine to coarse.
+
+    `boxes` (cx, cy, w, h) are in 0..1 of the picture without its padding; `quality` is the logit of how well
+    centred a cell is in its box; `cells` are each cell's centre and the distance to the next one (x, y, dx, dy)
+    in the boxes' unit. A cell whose centre lies outside 0..1 is padding.
+    """
+
+    logits: Float[Tensor, "B N K"]
+    boxes: Float[Tensor, "B N 4"]
+    quality: Float[Tensor, "B N"]
+    cells: Float[Tensor, "B N 4"]
 
 
 class MaskOutput(NamedTuple):

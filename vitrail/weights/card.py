@@ -17,7 +17,7 @@ from typing import Any
 
 from vitrail.errors import WeightsError
 
-CROP_MODES = ("center", "squash", "border")
+CROP_MODES = ("center", "squash", "border", "fit")
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 """Names of resampling filters, at the numbers that Pillow and transformers give them."""
 
@@ -49,7 +49,9 @@ class Preprocessing:
 
     crop_mode: str = "center"
     """`center`: resize the short side to size / crop_pct, crop the middle. `squash`: resize both sides to
-    size / crop_pct without keeping the shape, crop the middle. `border`: fit the long side and pad."""
+    size / crop_pct without keeping the shape, crop the middle. `border`: fit the long side and pad. `fit`: keep
+    the shape and crop nothing; the short side becomes the smaller number of input_size unless the long side
+    would become more than the larger, so that every picture has its own size (DETR's way)."""
 
     in_chans: int = 3
     """Channels of the network's input."""
@@ -192,13 +194,16 @@ class Card:
         wanted = self.preprocessing
         rows, columns = wanted.resize
         short = wanted.crop_mode != "squash"
+        size = {"shortest_edge": min(rows, columns)} if short else {"height": rows, "width": columns}
+        if wanted.crop_mode == "fit":
+            size = {"shortest_edge": min(wanted.input_size), "longest_edge": max(wanted.input_size)}
         return {
             "image_processor_type": "CLIPImageProcessor",
             "do_convert_rgb": wanted.in_chans == 3,
             "do_resize": True,
-            "size": {"shortest_edge": min(rows, columns)} if short else {"height": rows, "width": columns},
+            "size": size,
             "resample": INTERPOLATIONS.index(wanted.interpolation),
-            "do_center_crop": True,
+            "do_center_crop": wanted.crop_mode != "fit",
             "crop_size": {"height": wanted.input_size[0], "width": wanted.input_size[1]},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
