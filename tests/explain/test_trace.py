@@ -117,7 +117,7 @@ def test_the_flattened_patch_is_the_one_with_most_contrast() -> None:
     assert contrasted(found) == (2, 5)
 
 
-@pytest.mark.parametrize("family", sorted(registry.FAMILIES))
+@pytest.mark.parametrize("family", sorted(registry.families()))
 def test_every_family_has_a_story_and_a_page(family: str) -> None:
     module = registry._module(family)
     torch.manual_seed(0)
