@@ -59,6 +59,9 @@ def test_any_picture_comes_out_at_the_models_size_with_an_inverse_map(
     place = torch.arange(height * width, dtype=torch.int32).reshape(height, width)
     picture = torch.stack([place % 251, place // 251 % 251, place // 63_001]).to(torch.uint8)
     seen = preprocess(picture)
+    if mode == "fit":  # a size of its own: the shape is kept
+        assert seen.shape[1:] == preprocess.plan(height, width).size
+        rows, columns = seen.shape[1:]
     assert seen.shape == (3, rows, columns)
     geometry = preprocess.geometry(height, width)
     for row, column in ((0, 0), (rows // 2, columns // 2), (rows - 1, columns - 1)):
@@ -117,3 +120,20 @@ def test_normalising_is_the_formula() -> None:
     factor, summand = constants(record)
     assert factor[0] == pytest.approx(1 / 255 / 0.229)
     assert summand[2] == pytest.approx(-0.406 / 0.225)
+
+
+@pytest.mark.parametrize(
+    ("size", "fitted"),
+    [
+        ((480, 640), (800, 1066)),
+        ((640, 480), (1066, 800)),
+        ((300, 900), (444, 1332)),
+        ((500, 500), (800, 800)),
+        ((2, 9000), (1, 1334)),
+    ],
+)
+def test_fit_gives_every_picture_detrs_size(size: tuple[int, int], fitted: tuple[int, int]) -> None:
+    preprocess = Preprocess(Preprocessing(input_size=(800, 1333), crop_mode="fit"))
+    assert preprocess.plan(*size).size == fitted
+    geometry = preprocess.geometry(*size)
+    assert geometry.output == fitted and geometry.window == pytest.approx((0, 0, *size))

@@ -11,7 +11,7 @@ import numpy as np
 
 from vitrail.data.image import LIMITS, Limits, decode, inspect
 from vitrail.data.sources import Source
-from vitrail.data.stores import Array, Names
+from vitrail.data.stores import LARGEST, Array, Names
 from vitrail.errors import ImageError
 
 BUDGET = 512 * 2**20
@@ -35,7 +35,7 @@ class Decoded:
         self._starts = np.concatenate([[0], np.cumsum(shapes.prod(axis=1) * 3)])
         self._reasons = reasons
 
-    def read(self, entry: int) -> Array:
+    def read(self, entry: int, most: int = LARGEST) -> Array:
         if entry in self._reasons:
             raise ImageError(self._reasons[entry])
         height, width = self._shapes[entry].tolist()
@@ -93,5 +93,5 @@ def cached(
             watch(index + 1, len(source))
     buffer = np.concatenate([np.empty(0, dtype=np.uint8), *pieces])
     store = Decoded(Names(source.name(index) for index in range(len(source))), buffer, shapes, reasons)
-    rows = np.stack([np.zeros(len(source), np.int64), np.arange(len(source)), source.labels], axis=1)
-    return Source([store], rows, source.classes, source.notes)
+    rows = np.stack([np.zeros(len(source), np.int64), np.arange(len(source))], axis=1)
+    return source.at([store], rows)

@@ -88,7 +88,7 @@ class Loader:
 
     Args:
         source: pictures and labels.
-        transform: `TrainTransform` or `Preprocess`.
+        transform: `TrainTransform` or `Preprocess` (a Transform), or what the `builder` asks for.
         batch_size: pictures in one step over all ranks; a multiple of `world`.
         shuffle: a new order in each epoch, from (seed, epoch).
         workers: processes that build batches; 0 builds them in this one.
@@ -104,12 +104,13 @@ class Loader:
             where several ranks go in step.
         timeout: seconds to wait for a worker's batch before giving up with DataError.
         pin_memory: page-locked batches, for quicker copies to a CUDA device.
+        builder: what makes a batch of a share; data.dense_loader's for boxes and masks.
     """
 
     def __init__(
         self,
         source: Pictures,
-        transform: Transform,
+        transform: Any,
         batch_size: int,
         *,
         shuffle: bool = False,
@@ -124,6 +125,7 @@ class Loader:
         timeout: float = 300.0,
         pin_memory: bool = False,
         limits: Limits = LIMITS,
+        builder: type[Builder] | None = None,
     ) -> None:
         if not 0 <= rank < world:
             raise ConfigError(f"rank must lie in 0..{world - 1}, got {rank}.")
@@ -156,7 +158,7 @@ class Loader:
         """What could not be read so far: place in the source, and the reason with the file's name."""
         self.epoch = 0
         self._position = 0
-        self._builder = Builder(source, transform, seed, unreadable, limits)
+        self._builder = (builder or Builder)(source, transform, seed, unreadable, limits)
         self._workers = workers
         self._pin_memory = pin_memory
         self._batches: DataLoader[Any] | None = None
@@ -299,9 +301,7 @@ class Loader:
 class Builder(Dataset[Built]):
     """Builds a batch from its share; what each worker holds."""
 
-    def __init__(
-        self, source: Pictures, transform: Transform, seed: int, unreadable: str, limits: Limits
-    ) -> None:
+    def __init__(self, source: Pictures, transform: Any, seed: int, unreadable: str, limits: Limits) -> None:
         self.source = source
         self.transform = transform
         self.seed = seed
@@ -313,7 +313,7 @@ class Builder(Dataset[Built]):
             return self._built(share)
 
     def _built(self, share: Share) -> Built:
-        rows: list[Tensor] = []
+        rows: list[Any] = []
         indices: list[int] = []
         skipped: list[tuple[int, str]] = []
         for index, copy in zip(share.indices.tolist(), share.copies.tolist(), strict=True):

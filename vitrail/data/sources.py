@@ -50,17 +50,17 @@ class Source:
 
     def name(self, index: int) -> str:
         """The picture's file, for people."""
-        store, entry, _ = self._rows[index].tolist()
+        store, entry = self._rows[index, :2].tolist()
         return os.path.join(self.stores[store].place, self.stores[store].names[entry])
 
     def read(self, index: int) -> bytes | Array:
         """The file's bytes, or pixels (uint8 `[H, W]` or `[H, W, 3]`). Raises ImageError."""
-        store, entry, _ = self._rows[index].tolist()
+        store, entry = self._rows[index, :2].tolist()
         return self.stores[store].read(entry)
 
     def size(self, index: int) -> int:
         """Bytes of the file; -1 where it is gone."""
-        store, entry, _ = self._rows[index].tolist()
+        store, entry = self._rows[index, :2].tolist()
         return self.stores[store].size(entry)
 
     def counts(self) -> dict[str, int]:
@@ -71,6 +71,10 @@ class Source:
     def subset(self, indices: Sequence[int] | Array) -> Source:
         """Some of the pictures, in the order given; the classes stay."""
         return Source(self.stores, self._rows[np.asarray(indices, dtype=np.int64)], self.classes, self.notes)
+
+    def at(self, stores: Sequence[Store], rows: Array) -> Source:
+        """The same pictures kept elsewhere (data.cache); `rows` `[N, 2]` name store and entry of each."""
+        return Source(stores, np.concatenate([rows, self._rows[:, 2:]], axis=1), self.classes, self.notes)
 
     def relabel(self, classes: Sequence[str]) -> Source:
         """The same pictures with labels in the order of `classes`, such as a model's own.
@@ -93,7 +97,7 @@ class Source:
     def fingerprint(self) -> str:
         """A hash of classes, names, labels and file sizes: another data set has another one."""
         digest = hashlib.sha256("\n".join(self.classes).encode("utf-8", "surrogateescape"))
-        for store, entry, label in self._rows.tolist():
+        for store, entry, label in self._rows[:, :3].tolist():
             name = self.stores[store].names[entry]
             line = f"{name}\0{label}\0{self.stores[store].size(entry)}\n"
             digest.update(line.encode("utf-8", "surrogateescape"))

@@ -61,8 +61,8 @@ class Store(Protocol):
     folders: tuple[str, ...]
     """Names of the folders below the place, for empty classes."""
 
-    def read(self, entry: int) -> bytes | Array:
-        """The file's bytes, or pixels uint8 `[H, W]` or `[H, W, 3]`. Raises ImageError."""
+    def read(self, entry: int, most: int = LARGEST) -> bytes | Array:
+        """The file's bytes, `most` at most, or pixels uint8 `[H, W]` or `[H, W, 3]`. Raises ImageError."""
         ...
 
     def size(self, entry: int) -> int:
@@ -99,12 +99,12 @@ class Folder:
     def path(self, entry: int) -> str:
         return os.path.join(self.place, self.names[entry])
 
-    def read(self, entry: int) -> bytes:
+    def read(self, entry: int, most: int = LARGEST) -> bytes:
         path = self.path(entry)
         try:
             with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size > LARGEST:
-                    raise ImageError(f"{path}: larger than {LARGEST >> 20} MiB; no picture needs that.")
+                if os.fstat(file.fileno()).st_size > most:
+                    raise ImageError(f"{path}: larger than {most >> 20} MiB; no picture needs that.")
                 return file.read()
         except FileNotFoundError:
             raise ImageError(f"{path}: no such file.") from None
@@ -166,13 +166,13 @@ class Zip(Archive):
     def size(self, entry: int) -> int:
         return int(self._index[entry, 2])
 
-    def read(self, entry: int) -> bytes:
+    def read(self, entry: int, most: int = LARGEST) -> bytes:
         offset, packed, size, method, checksum, locked = self._index[entry].tolist()
         name = f"{self.place}/{self.names[entry]}"
         if locked:
             raise ImageError(f"{name}: locked with a password; pack the archive without one.")
-        if max(size, packed) > LARGEST:
-            raise ImageError(f"{name}: larger than {LARGEST >> 20} MiB; no picture needs that.")
+        if max(size, packed) > most:
+            raise ImageError(f"{name}: larger than {most >> 20} MiB; no picture needs that.")
         spare = len(self.names[entry].encode("utf-8", "surrogateescape")) + 64
         block = self._at(offset, LOCAL_HEADER + spare + packed)
         if block[:4] != b"PK\x03\x04":
@@ -222,11 +222,11 @@ class Tar(Archive):
     def size(self, entry: int) -> int:
         return int(self._index[entry, 1])
 
-    def read(self, entry: int) -> bytes:
+    def read(self, entry: int, most: int = LARGEST) -> bytes:
         offset, size = self._index[entry].tolist()
         name = f"{self.place}/{self.names[entry]}"
-        if size > LARGEST:
-            raise ImageError(f"{name}: larger than {LARGEST >> 20} MiB; no picture needs that.")
+        if size > most:
+            raise ImageError(f"{name}: larger than {most >> 20} MiB; no picture needs that.")
         data = self._at(offset, size)
         if len(data) != size:
             raise ImageError(f"{name}: the archive is cut off here; fetch or pack it again.")
@@ -243,7 +243,7 @@ class Pixels:
         self.images = images  # uint8 [N, H, W] or [N, H, W, 3]
         self.names = Names(names)
 
-    def read(self, entry: int) -> Array:
+    def read(self, entry: int, most: int = LARGEST) -> Array:
         pixels: Array = self.images[entry]
         return pixels
 

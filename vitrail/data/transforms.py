@@ -105,8 +105,8 @@ class Preprocess:
 
     `center`: the short side is resized to input_size / crop_pct and the middle cut out. `squash`: both sides
     are resized to it, whatever the shape. `border`: the whole picture is fitted in and the rest filled with
-    the mean colour. One input channel means grey (ITU-R 601 luma). Raises ConfigError for another number of
-    channels than 1 or 3, which no picture has.
+    the mean colour. `fit`: the whole picture at a size of its own (DETR's way). One input channel means grey
+    (ITU-R 601 luma). Raises ConfigError for another number of channels than 1 or 3, which no picture has.
     """
 
     def __init__(self, preprocessing: Preprocessing) -> None:
@@ -125,13 +125,18 @@ class Preprocess:
         image = resize(image[:, top:bottom, left:right], plan.size, record.interpolation)
         if record.in_chans == 1:
             image = luma(image)
-        return _window(image, plan.corner, record.input_size, colour(record)).contiguous()
+        return _window(image, plan.corner, self._output(plan), colour(record)).contiguous()
+
+    def _output(self, plan: Plan) -> tuple[int, int]:
+        return plan.size if self.preprocessing.crop_mode == "fit" else self.preprocessing.input_size
 
     def plan(self, height: int, width: int) -> Plan:
         """The integers of every step, from the size of the picture alone."""
         record = self.preprocessing
         (rows, columns), (to_rows, to_columns) = record.input_size, record.resize
         window = (0, 0, height, width)
+        if record.crop_mode == "fit":
+            return Plan(window, fit_between(height, width, min(rows, columns), max(rows, columns)), (0, 0))
         if record.crop_mode == "squash":
             size = (to_rows, to_columns)
         elif record.crop_mode == "border":
@@ -147,7 +152,7 @@ class Preprocess:
         scale_y, scale_x = (bottom - top) / plan.size[0], (right - left) / plan.size[1]
         return Geometry(
             (height, width),
-            self.preprocessing.input_size,
+            self._output(plan),
             scale_y,
             scale_x,
             plan.corner[0] * scale_y + top,
@@ -161,6 +166,18 @@ def _fit(height: int, width: int, rows: int, columns: int, within: bool) -> tupl
     if by_rows:
         return rows, max(1, width * rows // height)
     return max(1, height * columns // width), columns
+
+
+def fit_between(height: int, width: int, short: int, long: int) -> tuple[int, int]:
+    """The size of the same shape with this short side, or a smaller one where the long side would exceed `long`.
+
+    Rounded as DETR's own code does it.
+    """
+    small, large = min(height, width), max(height, width)
+    if large * short > long * small:
+        short = max(1, round(long * small / large))
+    longer = min(short * large // small, long + short)
+    return (longer, short) if width < height else (short, longer)
 
 
 def cover(height: int, width: int, rows: int, columns: int) -> tuple[Window, tuple[int, int]]:
