@@ -49,7 +49,7 @@ TOKENS = Words(
 
 WINDOWS = dataclasses.replace(
     TOKENS,
-    flat="A token stands for these pixels",
+    flat="The pixels of one token",
     read="with their neighbours are what the stem reads",
     made="Each window becomes a token",
 )
