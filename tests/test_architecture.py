@@ -31,7 +31,7 @@ TABLE: dict[str, set[str]] = {
     "explain": SHARED | {"engines", "nn"},
     "export": SHARED | {"engines"},
     "jobs": SHARED | {"runs", "nn", "engines", "evaluate", "predict", "train", "explain", "export"},
-    "cli": BASE | {"runs", "jobs"},
+    "cli": BASE | {"runs", "jobs", "serve"},
     "serve": BASE | {"runs", "jobs", "tasks"},
     "__main__": {"cli"},
 }

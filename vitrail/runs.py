@@ -17,17 +17,23 @@ Format = Literal["table", "json"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainRun:
-    """Train a model on a folder, archive or table of images."""
+    """Train a model on a folder, archive or table of images: classes, boxes or masks."""
 
     # data and run
     data: tuple[str, ...]
-    """Training images: folders, .zip or .tar archives, a .csv (image_path,label), or the word digits."""
+    """Training images: folders, .zip or .tar archives, a .csv (image_path,label), a COCO .json, or the word digits."""
     val: tuple[str, ...] = ()
     """Validation images, when they do not lie beside the training images as val/ or test/."""
     val_share: float = 0.1
     """Share of the training images kept for validation when there are none (0 = no validation)."""
     train_share: float = 1.0
     """Share of the training images of each class that is used; smaller shares lie within larger ones."""
+    classes: tuple[str, ...] = ()
+    """Boxes and masks: class names in the order of their numbers, or a .txt file with one name a line."""
+    ignore: tuple[int, ...] = ()
+    """Masks: values, besides 255, that are no class."""
+    reduce_zero: bool = False
+    """Masks: 0 is no class, and 1 is the first."""
     output: str | None = None
     """Run folder; by default runs/DATA-MODEL."""
     resume: str = "auto"
@@ -40,6 +46,8 @@ class TrainRun:
     """Name of the network (see vitrail models)."""
     pretrained: str | None = None
     """Model folder or weight file to start from; the head is replaced when the classes differ."""
+    backbone: str | None = None
+    """Folder of a classification model whose backbone a network for boxes or masks starts from."""
     img_size: tuple[int, ...] = ()
     """Image size in pixels: one number, or rows and columns."""
     model_kwargs: tuple[str, ...] = ()
@@ -97,9 +105,11 @@ class TrainRun:
 
     # augmentation
     crop: Literal["resized", "pad", "none"] | None = None
-    """Training crop: random resized crop, pad and crop (small images), or none."""
+    """Training crop: random resized crop (boxes and masks: large-scale jitter), pad and crop (small images), or
+    none."""
     scale: tuple[float, float] | None = None
-    """Smallest and largest share of the picture in a random resized crop."""
+    """Smallest and largest share of the picture in a random resized crop; for boxes and masks the smallest and
+    largest factor of its size."""
     hflip: float | None = None
     """Probability of a left-right flip."""
     aa: Literal["none", "rand", "trivial", "three"] | None = None
@@ -154,6 +164,10 @@ class EvaluateRun:
     """Labelled images: folders, archives, a .csv, or the word digits."""
     split: Literal["auto", "train", "val", "test"] = "auto"
     """Which part of the data; auto takes val, else test, else everything."""
+    ignore: tuple[int, ...] = ()
+    """Masks: values, besides 255, that are no class; by default as in the model's training."""
+    reduce_zero: bool = False
+    """Masks: 0 is no class, and 1 is the first; also where the model was trained so."""
     output: str | None = None
     """Folder for the report, the confusion matrix and the worst mistakes; by default in the model's run."""
     format: Format = "table"
@@ -178,8 +192,12 @@ class PredictRun:
     """Image files, folders of them, or patterns."""
     top_k: int = 5
     """Classes named for each image."""
-    format: Literal["table", "json", "jsonl", "csv"] = "table"
-    """How the result is printed."""
+    threshold: float = 0.5
+    """Boxes: the smallest score that is told, 0..1."""
+    draw: str | None = None
+    """Boxes and masks: folder for drawings, and for masks as index PNGs; by default predictions."""
+    format: Literal["table", "json", "jsonl", "csv", "coco"] = "table"
+    """How the result is printed; coco is for boxes: COCO's result list."""
     output: str | None = None
     """File for the result, instead of the terminal."""
     batch_size: int = 32
@@ -288,6 +306,12 @@ class DataCheckRun:
     """Training images: folders, archives, a .csv, or the word digits."""
     val: tuple[str, ...] = ()
     """Validation images, when they do not lie beside the training images."""
+    classes: tuple[str, ...] = ()
+    """Boxes and masks: class names in the order of their numbers, or a .txt file with one name a line."""
+    ignore: tuple[int, ...] = ()
+    """Masks: values, besides 255, that are no class."""
+    reduce_zero: bool = False
+    """Masks: 0 is no class, and 1 is the first."""
     output: str | None = None
     """Folder for report.json and the contact sheet; by default data-check."""
     format: Format = "table"
@@ -398,3 +422,61 @@ class DemoRun:
 
     output: str = "demo"
     """Folder for everything that the demo makes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeRun:
+    """Answer over HTTP what is in pictures, and show why on a page."""
+
+    models: tuple[str, ...]
+    """Model folders or run folders; NAME=FOLDER gives one a name."""
+
+    # where
+    host: str = "127.0.0.1"
+    """Address to listen on; beyond this machine only with a token."""
+    port: int = 8000
+    """Port to listen on (0 = any free one)."""
+    token_file: str | None = None
+    """File whose first line every request must carry as its bearer token."""
+    allow_host: tuple[str, ...] = ()
+    """Further names under which browsers may call the service."""
+
+    # answers
+    exact: bool = True
+    """Batch only where the bits of an answer stay those of the picture alone."""
+    batch_size: int = 32
+    """Most pictures in one batch."""
+    deadline: float = 10.0
+    """Seconds until a request is answered 504."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1 or mps."""
+    precision: Precision = "auto"
+    """auto takes bf16 where the chip computes in it."""
+    explain: bool = True
+    """Offer explanations and the story of a picture."""
+    page: bool = True
+    """Offer the page."""
+
+    # bounds
+    queue_images: int = 256
+    """Pictures of one model that are in the house at once; more are refused with 503."""
+    queue_megabytes: int = 256
+    """Megabytes of request bodies of one model that are in the house at once."""
+    body_megabytes: int = 32
+    """Megabytes of one request body."""
+    megapixels: float = 50.0
+    """Million pixels of one picture."""
+    decoders: int | None = None
+    """Processes that decode pictures; by default one a core, at most 8."""
+    decoder_megabytes: int = 1024
+    """Memory of one of them."""
+    decode_seconds: float = 5.0
+    """CPU time for one picture."""
+
+    # rhythm
+    watch: float = 1.0
+    """Seconds between looks at the model folders; a folder that has changed is taken over (0 = at SIGHUP only)."""
+    drain: float = 30.0
+    """Seconds that a stop waits for accepted requests."""
+    log: Literal["text", "json"] = "text"
+    """How requests are logged."""

@@ -45,6 +45,7 @@ COMMANDS = (
     Command("data check", "DataCheckRun", ("data",), "find what is wrong with a data set"),
     Command("bench", "BenchRun", ("model",), "measure speed, memory, parameters and FLOPs"),
     Command("compare", "CompareRun", ("data",), "train families side by side at equal budget; cost against size"),
+    Command("serve", "ServeRun", ("models",), "answer over HTTP what is in pictures, and show why on a page"),
     Command("doctor", "DoctorRun", (), "check the installation; each problem with its cure"),
     Command("demo", "DemoRun", (), "train, evaluate, predict and trace on built-in digits, in two minutes"),
 )

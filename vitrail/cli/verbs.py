@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from vitrail.cli import show
 from vitrail.cli.explaining import explain as explain
 from vitrail.cli.explaining import inspect as inspect
+from vitrail.cli.serving import serve as serve
 
 if TYPE_CHECKING:
     from vitrail.jobs.bench import Benchmark

@@ -1,0 +1,51 @@
+"""What `vitrail serve` says while it serves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING
+
+from vitrail.cli import show
+from vitrail.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vitrail.runs import ServeRun
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time, level, logger, message, and what a request adds."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+            + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "request", {}),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def serve(run: ServeRun) -> int:
+    """Serve until told to stop; 1 when accepted requests were left without an answer."""
+    try:
+        from vitrail.serve.server import serve as start
+    except ModuleNotFoundError as error:
+        raise UnsupportedError(
+            f"vitrail serve needs {error.name}, which is not installed: pip install 'vitrail[serve]'."
+        ) from None
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if run.log == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("vitrail")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    return start(
+        run, lambda url: show.say(f"serving {url}" + ("  (the page is there too)" if run.page else ""))
+    )

@@ -1,0 +1,300 @@
+"""What `vitrail serve` computes: a model opened once, warmed, and asked for answers; nothing of HTTP here."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail.data.transforms import Preprocess
+from vitrail.errors import ConfigError, VitrailError
+from vitrail.explain.attention import mixers_of
+from vitrail.explain.explainer import Explainer, Explanation
+from vitrail.explain.explorer import layers
+from vitrail.explain.methods import default_method, methods_for
+from vitrail.explain.overlay import png
+from vitrail.explain.page import page_data
+from vitrail.explain.poster import shortened
+from vitrail.explain.trace import trace
+from vitrail.predict import Predictor
+from vitrail.tasks.classify import Classify
+from vitrail.weights.files import weight_files
+from vitrail.weights.folder import model_folder
+
+logger = logging.getLogger(__name__)
+
+WARM_SECONDS = 20.0
+"""After so long no larger batch is tried."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One picture as the decoder handed it over."""
+
+    pixels: np.ndarray[Any, np.dtype[np.uint8]]
+    """What the network sees of it, [C, h, w]."""
+    size: tuple[int, int]
+    """Height and width of the upright picture."""
+    shown: np.ndarray[Any, np.dtype[np.uint8]] | None = None
+    """The picture made small enough to draw on, [3, H, W]; only where it was asked for."""
+    name: str = "image"
+
+
+@dataclass(frozen=True)
+class Warmth:
+    """What the warm-up found out."""
+
+    sizes: tuple[int, ...]
+    """Batch sizes that are used, from 1 up."""
+    difference: float
+    """Largest difference of a logit between a batch of any size tried and the picture alone; 0 is bit for bit."""
+    seconds: dict[int, float]
+    """Time of one batch, by its size."""
+
+
+class Served:
+    """One version of one model, ready to answer. Called by one thread at a time, save for explanations.
+
+    Args:
+        name: what requests call it.
+        folder: model folder or run folder.
+        exact: use only batch sizes for which every picture's answer has the bits it has alone.
+        batch_size: most pictures in one batch.
+        device, precision: as for `vitrail predict`.
+
+    Raises:
+        What opening a model raises; ConfigError where no picture has the model's channels.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: str,
+        *,
+        exact: bool = True,
+        batch_size: int = 32,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> None:
+        self.name, self.folder = name, folder
+        self.stamp = stamp(folder)
+        self.predictor = Predictor(folder, precision=precision, device=device, batch_size=batch_size)
+        self.card = self.predictor.engine.card
+        self.labels = self.predictor.labels
+        self.version = (self.card.sha256 or self.stamp)[:12]
+        self.preprocessing = dataclasses.asdict(self.card.preprocessing)
+        self.loaded_at = time.time()
+        Preprocess(self.card.preprocessing)
+        self.warmth = self._warmed(batch_size, exact)
+        network = getattr(self.predictor.engine, "network", None)
+        self.methods: tuple[str, ...] = methods_for(network) if network is not None else ()
+        self.default_method = default_method(network) if self.methods else ""
+        self._lock = threading.Lock()
+        self._explainer: Explainer | None = None
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, rows and columns of what the network sees."""
+        wanted = self.card.preprocessing
+        return (wanted.in_chans, *wanted.input_size)
+
+    def logits(self, batch: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Logits [B, K] of pictures as the network sees them; their number must be one of `warmth.sizes`."""
+        images = torch.from_numpy(np.stack(batch))
+        return self.predictor.forward(images).numpy()
+
+    def records(
+        self, logits: Sequence[np.ndarray[Any, Any]], names: Sequence[str], top_k: int
+    ) -> list[dict[str, Any]]:
+        """The records that `vitrail predict` gives for these logits."""
+        found = self.predictor.task.decode(
+            torch.from_numpy(np.stack(logits)), top_k=min(top_k, len(self.labels)), sources=list(names)
+        )
+        return [record.to_dict() for record in found]
+
+    def probabilities(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Softmax of logits [B, K], in float32."""
+        return torch.from_numpy(logits).softmax(dim=1).numpy()
+
+    def about(self) -> dict[str, Any]:
+        """What a client may know of the model, JSON-ready; no path of this machine is in it."""
+        channels, rows, columns = self.input_shape
+        return {
+            "name": self.name,
+            "version": self.version,
+            "architecture": self.card.architecture,
+            "task": self.card.task,
+            "labels": list(self.labels),
+            "input": {"channels": channels, "rows": rows, "columns": columns},
+            "scores": dict(self.card.scores),
+            "licence": self.card.licence,
+            "explain": {"methods": list(self.methods), "default": self.default_method},
+            "batch_sizes": list(self.warmth.sizes),
+            "batch_difference": self.warmth.difference,
+            "loaded_at": self.loaded_at,
+        }
+
+    def _warmed(self, most: int, exact: bool) -> Warmth:
+        """Run every batch size once on noise, compare each row with the same picture alone, keep what is equal.
+
+        Which kernel computes a product depends on the shapes, not on the values: a size that keeps the bits of
+        noise keeps those of pictures. The rows of a batch are different ones, so a row's place is tried too.
+        """
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randint(0, 256, (most, *self.input_shape), dtype=torch.uint8, generator=generator)
+        if not bool(self.predictor.forward(noise[:1]).isfinite().all()):
+            raise ConfigError(f"{self.name}: the model answers with numbers that are not finite.")
+        begun = time.perf_counter()
+        alone = [self.predictor.forward(noise[:1])]
+        seconds = {1: time.perf_counter() - begun}
+        sizes, difference, size = [1], 0.0, 2
+        while size <= most and time.perf_counter() - begun < WARM_SECONDS:
+            alone += [self.predictor.forward(noise[row : row + 1]) for row in range(len(alone), size)]
+            since = time.perf_counter()
+            found = self.predictor.forward(noise[:size])
+            apart = float((found - torch.cat(alone)).abs().max())
+            difference = max(difference, apart)
+            if apart == 0.0 or not exact:
+                sizes.append(size)
+                seconds[size] = time.perf_counter() - since
+            size *= 2
+        return Warmth(tuple(sizes), difference, seconds)
+
+    def explainer(self) -> Explainer:
+        """The model once more, in float32, for explanations: made at the first call, from this version's weights."""
+        with self._lock:
+            if self._explainer is None:
+                network = getattr(self.predictor.engine, "network", None)
+                made = Explainer(self.folder if network is None else copy.deepcopy(network), device="auto")
+                if made.engine.card.sha256 != self.card.sha256:
+                    raise VitrailError(f"{self.name} has been replaced on disk; ask again.")
+                self._explainer = made
+            return self._explainer
+
+    def explain(self, seen: Seen, wish: Wish) -> dict[str, Any]:
+        """One map with its picture, JSON-ready. Raises what `Explainer` raises."""
+        return explained(self._explain(seen, wish))
+
+    def story(self, seen: Seen, top_k: int) -> dict[str, Any]:
+        """What the page tells of one picture: every step, the attention of every layer and head."""
+        explainer = self.explainer()
+        follow = trace(
+            explainer.network,
+            torch.from_numpy(seen.pixels),
+            self.card.preprocessing,
+            Classify(self.labels),
+            source=seen.name,
+            original=seen.size,
+            top_k=top_k,
+        )
+        looked = explainer(
+            _picture(seen), method="gradcam", name=seen.name, pixels=torch.from_numpy(seen.pixels)
+        )
+        return {
+            "model": self.name,
+            "version": self.version,
+            "architecture": follow.model,
+            "steps": [{"step": name, "shape": size, "note": note} for name, size, note in shortened(follow)],
+            "convolutional": follow.convolutional,
+            "methods": list(explainer.methods),
+            "default": explainer.default,
+            "trace": page_data(follow),
+            "attention": layers(explainer, looked) if mixers_of(explainer.network) else [],
+        }
+
+    def _explain(self, seen: Seen, wish: Wish) -> Explanation:
+        target: str | int | None = wish.target
+        return self.explainer()(
+            _picture(seen),
+            target,
+            wish.method,
+            score=wish.score,
+            name=seen.name,
+            pixels=torch.from_numpy(seen.pixels),
+            **wish.options,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is asked of an explanation."""
+
+    method: str = "auto"
+    target: str | None = None
+    """Class by name or number; the predicted one by default."""
+    score: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
+    """layer, head, token, steps: what the method takes."""
+
+
+def explained(found: Explanation) -> dict[str, Any]:
+    """An explanation as JSON: what `vitrail explain` writes, the map's numbers and the overlay as a PNG."""
+    values = np.ascontiguousarray(found.values, dtype="<f4")
+    return {
+        **found.to_dict(),
+        "map": {
+            "rows": values.shape[0],
+            "columns": values.shape[1],
+            "data": [round(float(value), 7) for value in values.ravel()] if values.size <= 4096 else None,
+            "float32": base64.b64encode(values.tobytes()).decode(),
+        },
+        "overlay": base64.b64encode(png(found.overlay())).decode(),
+        "picture": base64.b64encode(png(found.picture.permute(1, 2, 0).contiguous().numpy())).decode(),
+    }
+
+
+def _picture(seen: Seen) -> Tensor:
+    if seen.shown is None:
+        raise ConfigError("An explanation needs the picture as it is shown.")
+    return torch.from_numpy(seen.shown)
+
+
+def stamp(folder: str) -> str:
+    """What changes when the model in a folder is replaced: inode, size and time of its files. Empty when it is gone."""
+    try:
+        place = model_folder(folder)
+        files = [place / "config.json", *weight_files(place)]
+        return " ".join(
+            f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
+            for status in (file.stat() for file in files)
+        )
+    except (OSError, VitrailError):
+        return ""
+
+
+def served_names(models: Sequence[str]) -> dict[str, str]:
+    """Name -> folder for what was asked to be served: NAME=FOLDER, or a folder, called by its last telling part.
+
+    Raises ConfigError for two models of one name, and for names that a path of a URL cannot hold.
+    """
+    found: dict[str, str] = {}
+    for word in models:
+        name, equals, folder = word.partition("=")
+        if not equals or "/" in name:
+            folder, parts = (
+                word,
+                [part for part in Path(word).resolve().parts if part not in ("model", "run")],
+            )
+            name = parts[-1] if parts else "model"
+        name = "".join(
+            letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in name
+        )
+        if not name.strip(".-"):
+            raise ConfigError(f"{word!r} gives a model no name; say NAME=FOLDER.")
+        if name in found:
+            raise ConfigError(f"Two models are called {name}; name them with NAME=FOLDER.")
+        found[name] = folder
+    if not found:
+        raise ConfigError("There is no model to serve: name model folders or run folders.")
+    return found

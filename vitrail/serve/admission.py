@@ -1,0 +1,60 @@
+"""Who is let in: one bounded house for each model, counted in pictures and in bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vitrail.serve.refusals import Refusal
+
+
+@dataclass
+class Ticket:
+    """A request's share of the house; handed back once, whatever happened."""
+
+    house: Admission
+    images: int
+    size: int
+    open: bool = True
+
+    def resize(self, images: int, size: int) -> None:
+        """Another share, known better now. Raises Refusal when there is no room for more."""
+        self.house.room(images - self.images, size - self.size)
+        self.house.images += images - self.images
+        self.house.bytes += size - self.size
+        self.images, self.size = images, size
+
+    def release(self) -> None:
+        """The share is free again."""
+        if self.open:
+            self.open = False
+            self.house.images -= self.images
+            self.house.bytes -= self.size
+
+
+class Admission:
+    """Pictures and bytes that are in the house, from the first byte of a request to the last of its answer.
+
+    Args:
+        images: most pictures at once.
+        size: most bytes of bodies at once.
+        pace: seconds that one picture takes now, for Retry-After.
+    """
+
+    def __init__(self, images: int, size: int, pace: Callable[[], float]) -> None:
+        self.most_images, self.most_bytes = images, size
+        self.images = self.bytes = 0
+        self.pace = pace
+
+    def enter(self, images: int, size: int) -> Ticket:
+        """A ticket. Raises Refusal `full` where there is no room, with the time until there may be."""
+        self.room(images, size)
+        self.images += images
+        self.bytes += size
+        return Ticket(self, images, size)
+
+    def room(self, images: int, size: int) -> None:
+        """Raise Refusal `full` when so much more does not fit in."""
+        too_many = images > 0 and self.images + images > self.most_images
+        if too_many or (size > 0 and self.bytes + size > self.most_bytes):
+            raise Refusal("full", retry_after=round(min(30.0, self.images * self.pace())))

@@ -1,0 +1,168 @@
+"""What every request passes first and last: its id, who may call, what became of it in the log and the counts."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from vitrail.serve.body import Left
+from vitrail.serve.metrics import Metrics
+from vitrail.serve.refusals import Refusal
+
+logger = logging.getLogger(__name__)
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+OPEN = ("/health/", "/v2/health/", "/page/", "/docs", "/openapi.json")
+"""What needs no token: it tells nothing of the models."""
+
+HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (
+        b"content-security-policy",
+        b"default-src 'none'; img-src 'self' data: blob:; style-src 'self'; script-src 'self'; connect-src 'self';"
+        b" media-src blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    ),
+)
+
+LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
+
+
+class Gate:
+    """The outermost application.
+
+    Args:
+        app: what answers.
+        metrics: where requests are counted.
+        token: what requests must carry; empty for none.
+        hosts: names under which the service may be called; empty for any.
+        draining: whether connections should end with their answer.
+    """
+
+    def __init__(
+        self, app: App, metrics: Metrics, token: str, hosts: tuple[str, ...], draining: Callable[[], bool]
+    ) -> None:
+        self.app, self.metrics, self.token, self.hosts = app, metrics, token, hosts
+        self.draining = draining
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        asked = headers.get("x-request-id", "")
+        identity = asked if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", asked) else uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state.update(request_id=identity, begun=time.monotonic(), headers=headers)
+        answer = _Answer(send, identity, self.draining)
+        try:
+            self._check(scope["path"], headers)
+            await self.app(scope, receive, answer.send)
+        except Refusal as refusal:
+            await refuse(answer.send, refusal, state)
+        except Left:
+            answer.left = True
+        except Exception:  # a request may fail, the service may not
+            logger.exception("request %s failed", identity)
+            if not answer.status:
+                await refuse(answer.send, Refusal("failed"), state)
+        finally:
+            self._count(scope, state, answer)
+
+    def _check(self, path: str, headers: dict[str, str]) -> None:
+        """Raise Refusal for callers that may not call: other names (DNS rebinding), other origins, no token."""
+        host = headers.get("host", "")
+        if self.hosts and _without_port(host) not in self.hosts:
+            raise Refusal("foreign_host", close=True)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] != host:
+            raise Refusal("foreign_origin", close=True)
+        if self.token and path != "/" and not path.startswith(OPEN):
+            given = headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
+                raise Refusal("unauthorized", close=True)
+
+    def _count(self, scope: Message, state: dict[str, Any], answer: _Answer) -> None:
+        route = getattr(scope.get("route"), "path", "") or "other"
+        # 499 is what others write for a client that left before its answer.
+        status = 499 if answer.left or not answer.complete else answer.status
+        seconds = time.monotonic() - state["begun"]
+        self.metrics.requests.labels(route, str(status)).inc()
+        self.metrics.seconds.labels(route).observe(seconds)
+        if "refused" in state:
+            self.metrics.refusals.labels(state["refused"]).inc()
+        if state.get("admitted"):
+            self.metrics.finished.inc()
+        logger.info(
+            "%s %s %d in %.1f ms",
+            scope["method"],
+            route,
+            status,
+            1000 * seconds,
+            extra={
+                "request": {
+                    "id": state["request_id"],
+                    "method": scope["method"],
+                    "route": route,
+                    "status": status,
+                    "ms": round(1000 * seconds, 2),
+                    **{
+                        name: state[name]
+                        for name in ("refused", "model", "version", "images", "bytes", "admitted")
+                        if name in state
+                    },
+                }
+            },
+        )
+
+
+class _Answer:
+    """Hands an answer on, and remembers what it was."""
+
+    def __init__(self, send: Send, identity: str, draining: Callable[[], bool]) -> None:
+        self.to, self.identity, self.draining = send, identity, draining
+        self.status, self.complete, self.left = 0, False, False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = [*message.get("headers", ()), *HEADERS, (b"x-request-id", self.identity.encode())]
+            if self.draining():
+                headers.append((b"connection", b"close"))
+            message = {**message, "headers": headers}
+        await self.to(message)
+        if message["type"] == "http.response.body" and not message.get("more_body"):
+            self.complete = True
+
+
+async def refuse(send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
+    """Answer with a refusal."""
+    state["refused"] = refusal.code
+    body = json.dumps(refusal.body()).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refusal.retry_after is not None:
+        headers.append((b"retry-after", str(refusal.retry_after).encode()))
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refusal.close:
+        headers.append((b"connection", b"close"))
+    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _without_port(host: str) -> str:
+    name, colon, port = host.rpartition(":")
+    return name.lower() if colon and port.isdecimal() else host.lower()

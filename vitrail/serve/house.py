@@ -1,0 +1,212 @@
+"""The models that are served, each with its queue; how one is replaced while it is asked."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vitrail.errors import VitrailError
+from vitrail.jobs.decoder import Bounds
+from vitrail.jobs.serve import Served, stamp
+from vitrail.runs import ServeRun
+from vitrail.serve import settings
+from vitrail.serve.admission import Admission
+from vitrail.serve.batcher import Batcher, Engine
+from vitrail.serve.decoders import Decoders
+from vitrail.serve.metrics import Metrics
+from vitrail.serve.refusals import Refusal
+
+logger = logging.getLogger(__name__)
+
+STUCK_SECONDS = 60.0
+"""A batch that takes longer is taken for an engine that will never answer."""
+
+
+class Version:
+    """One version of a model with its queue, and how many requests are with it."""
+
+    def __init__(self, served: Served, batcher: Batcher) -> None:
+        self.served, self.batcher = served, batcher
+        self.users = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def __enter__(self) -> Version:
+        self.users += 1
+        self.idle.clear()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.users -= 1
+        if not self.users:
+            self.idle.set()
+
+
+class Place:
+    """One name that requests use, and what answers to it now."""
+
+    def __init__(self, name: str, folder: str, version: Version, house: House) -> None:
+        self.name, self.folder, self.version = name, folder, version
+        self.refused = ""
+        """The stamp of a folder that could not be taken over, so that it is tried once and not for ever."""
+        run = house.run
+        self.admission = Admission(
+            run.queue_images, run.queue_megabytes * 2**20, lambda: self.version.batcher.pace
+        )
+        inside, size = house.metrics.inside, house.metrics.inside_bytes
+        inside.labels(name).set_function(lambda: self.admission.images)
+        size.labels(name).set_function(lambda: self.admission.bytes)
+
+
+class House:
+    """Everything that lives while the service runs.
+
+    Args:
+        run: what was asked for.
+        folders: name -> folder.
+        metrics: where counts go.
+    """
+
+    def __init__(self, run: ServeRun, folders: Mapping[str, str], metrics: Metrics) -> None:
+        self.run, self.folders, self.metrics = run, folders, metrics
+        self.places: dict[str, Place] = {}
+        self.executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self.loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
+        self.explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
+        self.engine = Engine(self.executor)
+        self.explaining = 0
+        self.ready = self.draining = False
+        self.look = asyncio.Event()
+        """Set to have the folders looked at now."""
+        self.tasks: list[asyncio.Task[None]] = []
+        self.retiring: set[asyncio.Task[None]] = set()
+        bounds = Bounds(
+            megabytes=run.decoder_megabytes, seconds=run.decode_seconds, pixels=round(run.megapixels * 1e6)
+        )
+        self.decoders = Decoders(run.decoders or _cores(), bounds, metrics.heard)
+
+    async def open(self) -> None:
+        """Start the decoders, load and warm every model; ready afterwards. Raises what opening a model raises."""
+        await self.decoders.start()
+        for name, folder in self.folders.items():
+            served = await self._load(name, folder)
+            self.places[name] = Place(name, folder, self._version(served), self)
+        self.ready = True
+        self.metrics.ready.set_function(lambda: float(self.ready and not self.draining))
+        self.tasks.append(asyncio.create_task(self._watch()))
+
+    async def close(self) -> None:
+        """Stop what still runs; the requests have been answered by now."""
+        for task in [*self.tasks, *self.retiring]:
+            task.cancel()
+        await asyncio.gather(*self.tasks, *self.retiring, return_exceptions=True)
+        for place in self.places.values():
+            await place.version.batcher.close()
+        await self.decoders.close()
+        for executor in (self.executor, self.loader, self.explainer):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def place(self, name: str | None) -> Place:
+        """The model that a request means; the only or the first one where it names none. Raises Refusal."""
+        if self.draining:
+            raise Refusal("draining", retry_after=5)
+        if not self.ready:
+            raise Refusal("not_ready", retry_after=5)
+        if not name:
+            return next(iter(self.places.values()))
+        if name not in self.places:
+            raise Refusal("no_such_model")
+        return self.places[name]
+
+    def alive(self) -> bool:
+        """Whether progress is possible."""
+        return not self.engine.stuck(STUCK_SECONDS)
+
+    async def explain(self, call: Callable[[], Any]) -> Any:
+        """Something that takes long, one at a time and apart from the batches. Raises Refusal when many wait."""
+        if self.explaining > settings.EXPLANATIONS_WAITING:
+            raise Refusal("full", retry_after=5)
+        loop = asyncio.get_running_loop()
+        self.explaining += 1
+        running = self.explainer.submit(call)
+        # Counted until the thread is done with it, not until its client has left.
+        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._explained))
+        return await asyncio.wrap_future(running)
+
+    def _explained(self) -> None:
+        self.explaining -= 1
+
+    def _version(self, served: Served) -> Version:
+        return Version(served, Batcher(served, self.engine, self.metrics.heard))
+
+    async def _load(self, name: str, folder: str) -> Served:
+        run = self.run
+
+        def load() -> Served:
+            return Served(
+                name,
+                folder,
+                exact=run.exact,
+                batch_size=run.batch_size,
+                device=run.device,
+                precision=run.precision,
+            )
+
+        served = await asyncio.get_running_loop().run_in_executor(self.loader, load)
+        logger.info(
+            "%s: version %s, batches of %s; a batch moves no logit by more than %.1g",
+            name,
+            served.version,
+            ", ".join(map(str, served.warmth.sizes)),
+            served.warmth.difference,
+        )
+        return served
+
+    async def _watch(self) -> None:
+        """Look at the folders now and then, and take over those that have changed and hold still."""
+        seen: dict[str, str] = {}
+        while True:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.look.wait(), self.run.watch or None)
+            told = self.look.is_set()
+            self.look.clear()
+            for place in list(self.places.values()):
+                now = await asyncio.to_thread(stamp, place.folder)
+                # A folder that is being written changes from one look to the next.
+                settled = told or seen.get(place.name) == now
+                seen[place.name] = now
+                known = (place.version.served.stamp, *(() if told else (place.refused,)))
+                if now and settled and now not in known:
+                    await self._swap(place, now)
+
+    async def _swap(self, place: Place, now: str) -> None:
+        """Put the folder's new model in the old one's place; what is wrong with it leaves the old one there."""
+        try:
+            served = await self._load(place.name, place.folder)
+        except (VitrailError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+            place.refused = now
+            self.metrics.swaps.labels(place.name, "refused").inc()
+            logger.error("%s stays as it is: its folder changed, and was refused: %s", place.name, error)
+            return
+        old, place.version = place.version, self._version(served)
+        self.metrics.swaps.labels(place.name, "taken").inc()
+        logger.info("%s: version %s follows %s", place.name, served.version, old.served.version)
+        task = asyncio.create_task(_retire(old))
+        self.retiring.add(task)
+        task.add_done_callback(self.retiring.discard)
+
+
+async def _retire(old: Version) -> None:
+    """Let a version go when the last request that came to it has its answer."""
+    await old.idle.wait()
+    await old.batcher.close()
+
+
+def _cores() -> int:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, count))

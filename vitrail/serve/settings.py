@@ -1,0 +1,45 @@
+"""Bounds of the service that no flag changes."""
+
+from __future__ import annotations
+
+MOST_PARTS = 64
+"""Parts of a multipart body."""
+
+MOST_PART_HEADERS = 8
+"""Headers of one part."""
+
+MOST_PART_HEAD = 2048
+"""Bytes of one part's headers."""
+
+MOST_PIECES = 20_000
+"""Pieces in which a body may arrive, for every 16 MB that it may have."""
+
+MOST_HEAD = 32 * 1024
+"""Bytes of a request's line and headers."""
+
+MOST_HEADERS = 128
+"""Headers of a request."""
+
+HEAD_SECONDS = 5.0
+"""Time for the head of a request, from its first byte or the connection's opening."""
+
+BODY_SECONDS = 20.0
+"""Time for a request's body."""
+
+MOST_CONNECTIONS = 2048
+"""Open connections; one more is closed at once."""
+
+MOST_JSON_DEPTH = 16
+"""Brackets within brackets."""
+
+MOST_JSON_BRACKETS = 100_000
+"""Brackets in one body."""
+
+EXPLANATIONS_WAITING = 8
+"""Explanations that wait for the one being computed."""
+
+MOST_TOP_K = 1000
+"""Classes that an answer may list for one picture."""
+
+NAME_LENGTH = 200
+"""Letters of a picture's name that are kept."""
