@@ -36,6 +36,8 @@ FAMILIES: dict[str, str] = {
     "senet":   "vitrail.models.senet",
     "nonlocal": "vitrail.models.nonlocal_net",
     "detr":    "vitrail.models.detr",
+    "quick_detr": "vitrail.models.quick_detr",
+    "setr":    "vitrail.models.setr",
 }  # fmt: skip
 
 

@@ -177,6 +177,13 @@ class PrefixTokens(nn.Module):
         return map, tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
 
 
+class DropPrefix(nn.Module):
+    """Leave the prefix tokens out from here on (SETR-MLA: [CLS] gets a position, and no block sees it)."""
+
+    def forward(self, map: Map, prefix: Prefix) -> tuple[Map, Prefix]:
+        return map, None
+
+
 class DropTokens(nn.Module):
     """Dropout on map and prefix (after the positions, in the original ViT), where no position entry does it."""
 

@@ -150,3 +150,19 @@ def init_detr(model: nn.Module) -> None:
         if isinstance(module, LearnedAxes):
             nn.init.uniform_(module.rows.weight)
             nn.init.uniform_(module.columns.weight)
+
+
+def init_masks(model: nn.Module) -> None:
+    """What stands behind a segmenter's backbone: convolutions N(0, 2 / fan out), class layers N(0, 0.01), biases 0.
+
+    The backbone stays as its own family starts it.
+    """
+    for name, module in model.named_modules():
+        if name.startswith("backbone.") or not isinstance(module, nn.Conv2d):
+            continue
+        if name.endswith(".linear"):
+            nn.init.normal_(module.weight, std=0.01)
+        else:
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

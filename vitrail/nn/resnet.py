@@ -51,7 +51,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias, and its norm. Padding keeps the size at stride 1."""
+    """A convolution, without bias unless asked for, and its norm. Padding keeps the size at stride 1."""
 
     def __init__(
         self,
@@ -63,11 +63,12 @@ class ConvNorm(nn.Module):
         groups: int = 1,
         dilation: int = 1,
         norm: NormKind = "batch",
+        bias: bool = False,
     ) -> None:
         super().__init__()
         padding = dilation * (kernel // 2)
         self.conv = nn.Conv2d(
-            channels, out, kernel, stride, padding, dilation=dilation, groups=groups, bias=False
+            channels, out, kernel, stride, padding, dilation=dilation, groups=groups, bias=bias
         )
         self.norm = nn.BatchNorm2d(out) if norm == "batch" else FrozenBatchNorm(out)
 

@@ -79,6 +79,12 @@ class Trunk(nn.Module):
         self.stages = nn.ModuleList(stages)
         self.levels = tuple(levels)
 
+    def tap(self, numbers: Sequence[int]) -> None:
+        """Answer the outputs of these blocks of a trunk's only stage, before any norm, in place of its last map."""
+        (stage,) = self.stages
+        stage.taps, stage.norm = tuple(numbers), nn.Identity()
+        self.levels = (self.levels[-1],) * len(numbers)
+
     def tokens(self, images: Float[Tensor, "B C I J"]) -> tuple[Float[Tensor, "B N D"], Grid]:
         """The last stage's tokens after its norm, and their grid."""
         map, prefix = images, None

@@ -10,6 +10,7 @@ from vitrail.errors import WeightsError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _SUM = re.compile(r"(?:(\d+)\*)?([a-z])(?:([+-])(\d+))?")
+_REST = re.compile(r"(\d+)-([a-z])")
 _NUMBER = re.compile(r"\{[a-z]\}|\d+")
 _SLICE = re.compile(r"(.*)\[(\d+)\]")
 
@@ -69,6 +70,9 @@ def filled(pattern: str, numbers: Numbers) -> str:
     """The pattern with its sums worked out: `block{i+1}` for i = 2 is `block3`."""
 
     def value(match: re.Match[str]) -> str:
+        counted_down = _REST.fullmatch(match[1])
+        if counted_down is not None and counted_down[2] in numbers:
+            return str(int(counted_down[1]) - numbers[counted_down[2]])
         parsed = _SUM.fullmatch(match[1])
         if parsed is None or parsed[2] not in numbers:
             raise WeightsError(f"Pattern {pattern!r}: cannot work out {match[0]} from {dict(numbers)}.")

@@ -4,7 +4,7 @@
     Rule(("q.weight", "k.weight", "v.weight"), "qkv.weight")                 # joined along the first axis
     Rule("block{i+1}.{kernel|bias}", "stages.{i}.fc.{weight|bias}", "linear|copy")
 
-`{i}` is a number; theirs may hold sums of it (`{i+1}`, `{2*i-1}`). `{a|b}` writes several rules in one: the
+`{i}` is a number; theirs may hold sums of it (`{i+1}`, `{2*i-1}`, `{3-i}`). `{a|b}` writes several rules in one: the
 first word on one side belongs to the first on the other, also in `how`. Several rules may make one tensor
 of ours: reading takes the first whose tensors are in the file, writing takes the first. A name of theirs that
 ends in `[{i}]` is one slice of a stacked tensor. An empty name of theirs stands for zeros like its kin.

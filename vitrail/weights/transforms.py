@@ -68,6 +68,10 @@ def _swap_first_thirds(rows: Tensor, context: Context) -> Tensor:
     return torch.cat([second, first, third])
 
 
+def _reversed_inputs(weight: Tensor, context: Context) -> Tensor:
+    return torch.cat(weight.chunk(4, dim=1)[::-1], dim=1)
+
+
 TRANSFORMS: dict[str, Transform] = {
     "copy": Transform(lambda x, c: x, lambda x, c: x),
     # JAX dense (in, out) <-> torch linear (out, in)
@@ -104,6 +108,8 @@ TRANSFORMS: dict[str, Transform] = {
     "unfolded": Transform(lambda x, c: _neighbours_last(x), lambda x, c: _channels_first(x)),
     # (out, in, 1, h, w) <-> (out, in, h, w): a video network's convolution over one frame
     "one_frame": Transform(lambda x, c: x.squeeze(2), lambda x, c: x.unsqueeze(2)),
+    # a convolution over four streams side by side that are set in the other order (SETR in mmsegmentation)
+    "reversed_inputs": Transform(_reversed_inputs, _reversed_inputs),
     # torchvision's Swin v2 stores a bias of keys that it takes as zero
     "without_keys": Transform(_without_keys, _with_zero_keys),
 }
