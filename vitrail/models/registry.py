@@ -37,7 +37,9 @@ FAMILIES: dict[str, str] = {
     "nonlocal": "vitrail.models.nonlocal_net",
     "detr":    "vitrail.models.detr",
     "quick_detr": "vitrail.models.quick_detr",
+    "fcos":    "vitrail.models.fcos",
     "setr":    "vitrail.models.setr",
+    "trans2seg": "vitrail.models.trans2seg",
 }  # fmt: skip
 
 

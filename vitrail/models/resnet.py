@@ -20,7 +20,7 @@ from vitrail.models.resnet_layouts import RENAMES as RENAMES
 from vitrail.models.resnet_layouts import context as context
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_resnet, skip_on_meta
-from vitrail.nn.resnet import Design, NormKind, ResidualTrunk, Stem
+from vitrail.nn.resnet import Design, NormKind, ResidualTrunk, Stem, StemKind
 from vitrail.weights.card import Card, Preprocessing
 
 
@@ -44,8 +44,8 @@ class Config:
     """Groups of the 3 x 3 convolutions (ResNeXt's cardinality)."""
     group_width: int = 64
     """Channels of a group in the first stage, at width 64."""
-    stem: Literal["7x7", "small"] = "7x7"
-    """7 x 7 of stride 2 and a max-pool, or 3 x 3 of stride 1 for pictures of 32 pixels."""
+    stem: StemKind = "7x7"
+    """7 x 7 of stride 2 or three 3 x 3 ("deep"), and a max-pool; or 3 x 3 of stride 1 for pictures of 32 pixels."""
     norm: NormKind = "batch"
     """Batch norms that learn, or "frozen" ones."""
     dilated: int = 0
@@ -99,6 +99,8 @@ VARIANTS: dict[str, Config] = {
     # Ours, for pictures of 32 pixels: He et al.'s 20 layers of section 4.2, twice as wide, with projections.
     "resnet20_32":       Config(depths=(3, 3, 3), block="basic", width=32, stem="small", img_size=(32, 32),
                                 num_classes=10),
+    # Ours, for small dense models: ResNet-10, half as wide.
+    "resnet10_nano":     Config(depths=(1, 1, 1, 1), block="basic", width=32),
 }  # fmt: skip
 
 TINY = Config(img_size=(32, 32), num_classes=5, depths=(1, 2), width=8, stem="7x7")
