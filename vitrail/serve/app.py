@@ -60,9 +60,8 @@ def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, 
     add_routes(app, desk)
     if house.run.page:
         add("/", lambda: _static("index.html"), include_in_schema=False)
-        add("/page/{name}", _static, include_in_schema=False)
+    add("/page/{name}", _static, include_in_schema=False)
     add("/docs", lambda: _static("docs.html"), include_in_schema=False)
-    add("/docs.js", lambda: _static("docs.js"), include_in_schema=False)
     return Gate(app, metrics, token, hosts, lambda: house.draining)
 
 

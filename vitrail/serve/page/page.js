@@ -1,0 +1,188 @@
+// One picture, one or two models: ask, show bars, then reasons, story and attention as they come.
+import { Story } from "./story.js";
+import { Attention } from "./attention.js";
+import { $, download, element, percent, saveCanvas } from "./drawing.js";
+import { drawFindings } from "./findings.js";
+
+const state = { file: null, models: [], stop: null, token: sessionStorage.getItem("token") ?? "" };
+const story = new Story(), attention = new Attention();
+const chosen = () => [$("model").value, $("beside").value].filter(Boolean);
+const about = (name) => state.models.find((model) => model.name === name);
+
+class Refused extends Error {}
+
+async function call(path, parameters = {}, body = null, signal = undefined) {
+  const headers = {};
+  if (state.token) headers.authorization = `Bearer ${state.token}`;
+  if (body) headers["content-type"] = body.type || "application/octet-stream";
+  const query = new URLSearchParams(Object.entries(parameters).filter(([, value]) => value !== "" && value != null));
+  const answer = await fetch(`${path}?${query}`, { method: body ? "POST" : "GET", headers, body, signal });
+  const value = await answer.json();
+  if (answer.status === 401) $("door").hidden = false;
+  if (!answer.ok) throw new Refused(value.error);
+  return value;
+}
+
+function say(text) { $("status").textContent = text; }
+function trouble(error) {
+  if (error.name === "AbortError") return;
+  say(error instanceof Refused ? error.message : "The service does not answer. Is it still running?");
+}
+
+async function open() {
+  const { models, explain } = await call("models");
+  $("door").hidden = true;
+  state.models = models;
+  state.explains = explain;
+  const kept = chosen();
+  $("model").replaceChildren(...models.map((model) => new Option(model.name, model.name)));
+  $("beside").replaceChildren(new Option("none", ""), ...models.map((model) => new Option(model.name, model.name)));
+  if (kept[0] && about(kept[0])) $("model").value = kept[0];
+  $("beside-label").hidden = models.length < 2;
+  $("version").textContent = models.map((model) => `${model.name} ${model.version}`).join(", ");
+  say("");
+  document.documentElement.dataset.ready = "yes";
+}
+
+async function ask(file) {
+  state.file = file;
+  const url = URL.createObjectURL(file), image = $("preview");
+  image.onload = () => { URL.revokeObjectURL(url); image.classList.toggle("coarse", image.naturalWidth < 100); };
+  image.onerror = () => URL.revokeObjectURL(url);
+  image.src = url;
+  image.parentElement.hidden = false;
+  await answer();
+}
+
+async function answer() {
+  if (!state.file) return;
+  state.stop?.abort();
+  const { signal } = state.stop = new AbortController();
+  delete document.documentElement.dataset.shown;
+  say("Asking…");
+  try {
+    const found = await Promise.all(chosen().map((model) => call("predict", { model, top_k: 5 }, state.file, signal)));
+    showAnswers(found);
+    say("");
+    if (!state.explains || !about(chosen()[0]).explain.methods.length) { $("explain").hidden = $("story").hidden = $("attention").hidden = true; return; }
+    showChoices(found);
+    await Promise.all([explain(signal), tell(signal)]);
+    document.documentElement.dataset.shown = "yes";
+  } catch (error) { trouble(error); }
+}
+
+function showAnswers(found) {
+  $("results").hidden = false;
+  const best = found.map((answer) => answer.results[0]);
+  const words = best.map((record, at) => record.label == null ? "" : `${found[at].model} says ${record.label}, ${percent(record.score)}`);
+  const agree = best.length > 1 && best[0].label === best[1].label;
+  $("verdict").textContent = words.filter(Boolean).join("; ") + (best.length > 1 ? (agree ? ". They agree." : ". They disagree.") : ".");
+  $("answers").replaceChildren(...found.map((answer, at) => {
+    const bars = element("ol", { className: "bars" }, answer.results[0].predictions.map((guess) => {
+      const fill = element("span", { className: "fill" });
+      requestAnimationFrame(() => requestAnimationFrame(() => { fill.style.width = `${100 * guess.score}%`; }));
+      return element("li", {}, [element("span", { className: "label", textContent: guess.label, title: guess.label }),
+        element("span", { className: "value", textContent: percent(guess.score) }),
+        element("span", { className: "track", ariaHidden: "true" }, [fill])]);
+    }));
+    const save = element("button", { type: "button", className: "save", textContent: "Save answer (JSON)" });
+    save.addEventListener("click", () => download(new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" }), `${answer.model}.json`));
+    return element("div", { className: at ? "second" : "first" }, [element("h3", { textContent: answer.model }), bars, save]);
+  }));
+  drawFindings(best[0], $("preview"));
+}
+
+function showChoices(found) {
+  const model = about(chosen()[0]), methods = model.explain.methods, method = $("method").value, label = $("class").value;
+  $("method").replaceChildren(...methods.map((name) => new Option(name.replaceAll("_", " "), name)));
+  $("method").value = methods.includes(method) ? method : model.explain.default;
+  const top = found[0].results[0].predictions, shown = new Set(top.map((guess) => guess.index));
+  const rest = model.labels.map((name, index) => [name, index]).filter(([, index]) => !shown.has(index));
+  $("class").replaceChildren(...top.map((guess) => new Option(`${guess.label} (${percent(guess.score)})`, guess.index)),
+    ...rest.map(([name, index]) => new Option(name, index)));
+  if (state.classOf === state.file && [...$("class").options].some((option) => option.value === label)) $("class").value = label;
+  state.classOf = state.file;
+}
+
+async function explain(signal, score = false) {
+  $("explain").hidden = false;
+  const place = $("reasons");
+  place.classList.add("busy");
+  $("measure").disabled = true;
+  if (score) say("Measuring: the picture is asked about some hundred times…");
+  try {
+    const label = $("class").value, name = about(chosen()[0]).labels[label];
+    const found = await Promise.allSettled(chosen().map((model, at) => call("explain", {
+      model, score, deadline_ms: "",
+      method: at ? (about(model).explain.methods.includes($("method").value) ? $("method").value : "auto") : $("method").value,
+      class: at ? (about(model).labels.includes(name) ? name : "") : label }, state.file, signal)));
+    if (found[0].status === "rejected") throw found[0].reason;
+    place.replaceChildren(...found.filter((one) => one.status === "fulfilled").map((one) => reason(one.value)));
+    if (score) say("");
+  } finally {
+    if (!signal.aborted) { place.classList.remove("busy"); $("measure").disabled = false; }
+  }
+}
+
+function reason(found) {
+  const url = `data:image/png;base64,${found.overlay}`;
+  const what = found.class_specific ? `${found.method.replaceAll("_", " ")} for ${found.label}` : `${found.method.replaceAll("_", " ")} (knows no classes)`;
+  const image = element("img", { src: url, alt: `Map over the picture: ${what}` });
+  image.onload = () => image.classList.toggle("coarse", image.naturalWidth < 100);
+  const save = element("button", { type: "button", className: "save", textContent: "Save picture" });
+  save.addEventListener("click", () => download(blobOf(found.overlay), `${found.model}-${found.method}.png`));
+  const parts = [element("h3", { textContent: `${found.model}: ${what}` }), image,
+    element("figcaption", {}, [element("span", { textContent: `${found.units}; ${found.where}` }), save])];
+  const rows = Object.entries(found.faithfulness).map(([fill, score]) => [fill, score.deletion, score.insertion, score.gap, found.controls[fill].random.gap, found.controls[fill].centre.gap]);
+  if (rows.length) {
+    const won = rows.filter((row) => row[3] > Math.max(row[4], row[5])).length;
+    parts.push(element("p", { className: "meter" }, [element("strong", { textContent: `${won} of ${rows.length}` }), ` fills: better than a random map and than the middle of the picture.`]));
+    parts.push(element("table", {}, [
+      element("thead", {}, [element("tr", {}, ["fill", "deletion ↓", "insertion ↑", "gap", "random's gap", "centre's gap"].map((name, at) => element("th", { scope: "col", className: at ? "number" : "", textContent: name })))]),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell, at) => element("td", { className: at ? "number" : "", textContent: at ? cell.toFixed(3) : cell })))))]));
+  }
+  if (found.caution) parts.push(element("p", { className: "note", textContent: `${found.caution[0].toUpperCase()}${found.caution.slice(1)}.` }));
+  return element("figure", {}, parts);
+}
+
+function blobOf(text) { return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" }); }
+
+async function tell(signal) {
+  const told = await call("story", { model: chosen()[0], top_k: 5 }, state.file, signal);
+  $("story").hidden = false;
+  $("steps").replaceChildren(...told.steps.map((step) => element("tr", {}, [step.step, step.shape, step.note].map((text) => element("td", { textContent: text })))));
+  await story.show(told);
+  $("attention").hidden = !told.attention.length;
+  if (told.attention.length) await attention.show(told);
+}
+
+function take(files) { const file = [...files].find((one) => one.type.startsWith("image/")) ?? files[0]; if (file) ask(file); }
+
+function listen() {
+  $("choose").addEventListener("click", () => $("file").click());
+  $("shoot").addEventListener("click", () => $("camera").click());
+  for (const id of ["file", "camera"]) $(id).addEventListener("change", (event) => { take(event.target.files); event.target.value = ""; });
+  const drop = $("drop");
+  for (const name of ["dragenter", "dragover"]) document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.add("over"); });
+  for (const name of ["dragleave", "drop"]) document.addEventListener(name, (event) => { event.preventDefault(); drop.classList.remove("over"); });
+  document.addEventListener("drop", (event) => take(event.dataTransfer.files));
+  document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
+  for (const id of ["model", "beside"]) $(id).addEventListener("change", () => answer());
+  for (const id of ["method", "class"]) $(id).addEventListener("change", () => explain(state.stop.signal).catch(trouble));
+  $("measure").addEventListener("click", () => explain(state.stop.signal, true).catch(trouble));
+  for (const button of document.querySelectorAll(".save")) button.addEventListener("click", () => saveCanvas($(button.dataset.of), `${chosen()[0]}-${button.dataset.name}.png`));
+  $("door").addEventListener("submit", (event) => {
+    event.preventDefault();
+    state.token = $("token").value.trim();
+    sessionStorage.setItem("token", state.token);
+    open().catch(trouble);
+  });
+  $("theme").addEventListener("click", () => {
+    const root = document.documentElement, dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
+    root.dataset.theme = dark ? "light" : "dark";
+    story.draw(); attention.draw();
+  });
+}
+
+listen();
+open().catch(trouble);
