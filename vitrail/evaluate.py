@@ -30,7 +30,7 @@ class Accumulator(Protocol):
 
 
 def evaluate(
-    forward: Callable[[Tensor], Any],
+    forward: Callable[..., Any],
     batches: Iterable[Batch],
     metrics: Accumulator,
     *,
@@ -41,7 +41,8 @@ def evaluate(
 
     Args:
         forward: from a loader's images (uint8 `[B, C, h, w]`) to the network's output, in evaluation mode: an
-            engine, or training's own call. It moves the images to its device and normalises them.
+            engine, or training's own call. It moves the images to its device and normalises them. Where a
+            batch has `.padding` (Bool `[B, h, w]`, True where there is no picture), it gets that too.
         batches: anything with `.images` and `.targets`, such as a Loader over preprocessed pictures.
         metrics: a fresh accumulator (`task.metrics()`); it stays with the caller, who may ask it for more.
         total: sums a tensor over processes; None in a single one. Called after the last batch only, by every
@@ -50,7 +51,8 @@ def evaluate(
     """
     with torch.no_grad():  # left before the first yield, or the caller would be in it
         for batch in batches:
-            output = forward(batch.images)
+            padding = getattr(batch, "padding", None)
+            output = forward(batch.images) if padding is None else forward(batch.images, padding)
             metrics.add(output, batch.targets)
             if watch is not None:
                 watch(output, batch)

@@ -9,21 +9,22 @@ from __future__ import annotations
 import glob
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vitrail.data.dense_loader import pad_together
 from vitrail.data.image import SUFFIXES, decode
-from vitrail.data.transforms import Preprocess
+from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine, open_engine
 from vitrail.errors import ConfigError, DataError, ImageError
-from vitrail.tasks.classify import Classify, Prediction
+from vitrail.tasks.choose import choose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,16 +33,28 @@ if TYPE_CHECKING:
     Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
 
 
+class Prepared(NamedTuple):
+    """One picture on its way to the network."""
+
+    pixels: Tensor
+    """Uint8 `[C, h, w]`, at the model's size."""
+    size: tuple[int, int]
+    """Height and width of the picture itself."""
+
+
 class Predictor:
     """A model, its preprocessing and its class names, ready for pictures.
 
     Args:
-        model: a model folder, a run folder, or a classifier.
+        model: a model folder, a run folder, or a network.
         engine: what computes; auto chooses.
         precision: auto (bf16 where the chip computes in it), fp32, bf16, or fp16 on CUDA.
         device: auto, cpu, cuda, cuda:N or mps.
         batch_size: pictures that go through the network together.
         top_k: classes named for each picture, unless a call says otherwise.
+        threshold: score that a box must have to be told, 0..1.
+
+    Records are what the model's task decodes: Prediction (classes), BoxPrediction or Segmentation.
 
     Example:
         predictor = Predictor("runs/flowers/model")
@@ -58,16 +71,20 @@ class Predictor:
         device: str = "auto",
         batch_size: int = 32,
         top_k: int = 5,
+        threshold: float = 0.5,
     ) -> None:
         if batch_size < 1 or top_k < 1:
             raise ConfigError(f"batch_size and top_k must be at least 1; got {batch_size} and {top_k}.")
+        if not 0 <= threshold <= 1:
+            raise ConfigError(f"threshold is a score in 0..1; got {threshold}.")
         self.engine: Engine = open_engine(model, engine, device=device, precision=precision)
         self.labels = class_names(self.engine)
-        self.task = Classify(self.labels)
+        self.task: Any = choose(self.engine.card.task, self.labels)
+        self.threshold = threshold
         self.batch_size = batch_size
         self.top_k = top_k
 
-    def __call__(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> list[Prediction]:
+    def __call__(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> list[Any]:
         """One record for each picture, in order; a picture that cannot be read has its record's `error` set.
 
         A picture is a path, the bytes of an image file, a PIL image, a uint8 array `[I, J]`, `[I, J, 3]` or
@@ -76,20 +93,18 @@ class Predictor:
         """
         return list(self.stream(images, top_k=top_k))
 
-    def stream(
-        self, images: Picture | Iterable[Picture], *, top_k: int | None = None
-    ) -> Iterator[Prediction]:
+    def stream(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> Iterator[Any]:
         """The same records, each as soon as its batch is done; pictures are read while the network runs."""
         wanted = self.top_k if top_k is None else top_k
         if wanted < 1:
             raise ConfigError(f"top_k must be at least 1; got {wanted}.")
         named = ((_name(item, place), item) for place, item in enumerate(_pictures(images)))
         pool = ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode")
-        ahead: deque[list[tuple[str, Future[Tensor]]]] = deque()
+        ahead: deque[list[tuple[str, Future[Prepared]]]] = deque()
         try:
             while True:
                 chunk = [
-                    (name, pool.submit(self.prepare, item, name))
+                    (name, pool.submit(self._prepared, item, name))
                     for name, item in islice(named, self.batch_size)
                 ]
                 if chunk:
@@ -107,7 +122,11 @@ class Predictor:
         Raises:
             ImageError: the picture cannot be read, or may not be; the message names it.
         """
-        return self.preprocess(decode(_pixels(image), name=name))
+        return self._prepared(image, name).pixels
+
+    def _prepared(self, image: Picture, name: str) -> Prepared:
+        picture = decode(_pixels(image), name=name)
+        return Prepared(self.preprocess(picture), (int(picture.shape[1]), int(picture.shape[2])))
 
     @cached_property
     def preprocess(self) -> Preprocess:
@@ -127,12 +146,58 @@ class Predictor:
                 f" got {str(batch.dtype).removeprefix('torch.')} {list(batch.shape)}. Call the predictor"
                 " itself with pictures of any kind."
             )
-        return self.engine(batch).cpu()
+        logits: Tensor = self.engine(batch).cpu()
+        return logits
 
-    def _finish(self, chunk: list[tuple[str, Future[Tensor]]], top_k: int) -> Iterator[Prediction]:
+    def answer(
+        self,
+        pixels: Sequence[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        sources: Sequence[str] = (),
+        top_k: int | None = None,
+    ) -> list[Any]:
+        """Records of prepared pictures, whatever the task.
+
+        Args:
+            pixels: what `prepare` gave for each, uint8 `[C, h, w]`.
+            sizes: height and width of each original picture; classes of whole pictures do not need them.
+            sources: names that the records get.
+        """
+        names = list(sources) or [""] * len(pixels)
+        task = self.engine.card.task
+        if task == "image-classification":
+            logits = self.engine(torch.stack(list(pixels)))
+            found: list[Any] = self.task.decode(logits, top_k=top_k or self.top_k, sources=names)
+            return found
+        batch, padding = pad_together(pixels, colour(self.engine.card.preprocessing))
+        if task == "object-detection":
+            dense: Any = self.engine  # only the engines of detectors take padding
+            output = self.engine(batch) if padding is None else dense(batch, padding)
+            found = self.task.decode(output, sizes, sources=names, threshold=self.threshold)
+            return found
+        own = [(0, 0, int(image.shape[1]), int(image.shape[2])) for image in pixels]
+        regions = {} if padding is None else {"regions": own}
+        found = self.task.decode(self.engine(batch), sizes, sources=names, **regions)
+        return found
+
+    def failure(self, source: str, error: str) -> Any:
+        """The record of a picture that could not be read."""
+        if self.engine.card.task == "object-detection":
+            from vitrail.tasks.detect import BoxPrediction
+
+            return BoxPrediction(source=source, error=error)
+        if self.engine.card.task == "image-segmentation":
+            from vitrail.tasks.segment import Segmentation
+
+            return Segmentation(source=source, error=error)
+        from vitrail.tasks.classify import Prediction
+
+        return Prediction(source=source, error=error)
+
+    def _finish(self, chunk: list[tuple[str, Future[Prepared]]], top_k: int) -> Iterator[Any]:
         """Records of one batch: the readable pictures through the network, the others with their reason."""
         names: list[str] = []
-        ready: list[Tensor] = []
+        ready: list[Prepared] = []
         errors: dict[int, str] = {}
         for place, (name, future) in enumerate(chunk):
             try:
@@ -140,11 +205,10 @@ class Predictor:
                 names.append(name)
             except (ImageError, OSError) as error:
                 errors[place] = str(error)
-        found = iter(
-            self.task.decode(self.engine(torch.stack(ready)), top_k=top_k, sources=names) if ready else []
-        )
+        pixels, sizes = [one.pixels for one in ready], [one.size for one in ready]
+        found = iter(self.answer(pixels, sizes, names, top_k) if ready else [])
         for place, (name, _) in enumerate(chunk):
-            yield Prediction(source=name, error=errors[place]) if place in errors else next(found)
+            yield self.failure(name, errors[place]) if place in errors else next(found)
 
 
 def class_names(engine: Engine) -> tuple[str, ...]:

@@ -79,6 +79,10 @@ class TrainingView:
             self._line(f"stopped at step {stopped.step}: {stopped.reason}")
 
 
+DENSE = {"ap": "AP", "ap50": "AP50", "miou": "mIoU", "pixel_acc": "pixels"}
+"""Scores of boxes and masks that are shown while training."""
+
+
 def progress_text(now: Progress) -> str:
     """The numbers of one moment: epoch, loss, accuracy, speed, time left, and where the time goes."""
     parts = [f"epoch {now.epoch:.1f}/{now.epochs:g}", f"loss {now.loss:.4f}"]
@@ -98,6 +102,8 @@ def scores_text(found: Scores) -> str:
     for name, value in found.scores.items():
         if name in ("acc1", "acc5"):
             parts.append(f"top-{name[-1]} {show.percent(value)}")
+        elif name in DENSE and value == value:
+            parts.append(f"{DENSE[name]} {show.percent(value)}")
         elif name == "loss":
             parts.append(f"loss {value:.4f}")
     if found.weights != "raw":

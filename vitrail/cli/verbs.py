@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from vitrail.cli import show
 from vitrail.cli.explaining import explain as explain
 from vitrail.cli.explaining import inspect as inspect
+from vitrail.cli.predicting import predict as predict
 from vitrail.cli.serving import serve as serve
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         EvaluateRun,
         InfoRun,
         ModelsRun,
-        PredictRun,
         TraceRun,
         TrainRun,
     )
@@ -45,11 +44,14 @@ def train(run: TrainRun) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     if result.scores:
+        columns = [name for name in SCORES if any(name in found for found in result.scores.values())]
+        columns = [name for name in columns if name in TRAINED]
         rows = [
-            [split, show.percent(found["acc1"]), show.percent(found["acc5"]), f"{found['loss']:.4f}"]
+            [split, *(score_text(name, found[name]) for name in columns)]
             for split, found in result.scores.items()
         ]
-        show.table(["split", "top-1", "top-5", "loss"], rows, right=["top-1", "top-5", "loss"])
+        names = [SCORES[name] if name != "loss" else "loss" for name in columns]
+        show.table(["split", *names], rows, right=names)
     show.say(f"trained for {show.duration(result.seconds)}; weights of step {result.step}")
     show.say(f"model:  {result.model}\ncurves: {result.folder / 'curves.png'}")
     return 130 if result.reason == "interrupted" else 0
@@ -66,26 +68,12 @@ def evaluate(run: EvaluateRun) -> int:
         return 0
     scores = dict(found.scores)
     rows = [["images", f"{scores.pop('images'):.0f}"], ["split", found.split]]
-    shares = ("acc", "precision", "recall", "f1", "ece")
-    rows += [
-        [SCORES.get(name, name), show.percent(value) if name.startswith(shares) else f"{value:.4f}"]
-        for name, value in scores.items()
-    ]
+    rows += [[SCORES.get(name, name), score_text(name, value)] for name, value in scores.items()]
     show.table(["score", "value"], rows, right=["value"])
     if len(found.classes) <= MOST_CLASSES:
+        columns, lines = _class_rows(found.classes)
         print()
-        show.table(
-            ["class", "images", "precision", "recall", "f1"],
-            [
-                [
-                    row["label"],
-                    str(row["support"]),
-                    *(show.percent(row[key]) for key in ("precision", "recall", "f1")),
-                ]
-                for row in found.classes
-            ],
-            right=["images", "precision", "recall", "f1"],
-        )
+        show.table(columns, lines, right=columns[1:])
     for path in found.files:
         show.say(f"written: {path}")
     return 0
@@ -99,50 +87,56 @@ SCORES = {
     "recall_macro": "recall, mean of classes",
     "f1_macro": "F1, mean of classes",
     "ece": "calibration error",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+    "ap_small": "AP, small",
+    "ap_medium": "AP, medium",
+    "ap_large": "AP, large",
+    "ar100": "recall, 100 boxes",
+    "miou": "mIoU",
+    "pixel_acc": "pixel accuracy",
+    "mean_acc": "accuracy, mean of classes",
 }
 """Scores in words."""
 
-
-def predict(run: PredictRun) -> int:
-    """Records for images; 1 when some could not be read."""
-    from vitrail.jobs.predict import predict as job
-
-    records: list[Any] = []
-    with show.messages() as handler:
-        found = job(run)
-        with show.Counter("images", handler) as counter:
-            for record in found:
-                records.append(record)
-                counter(len(records), found.total)
-                if run.format == "jsonl" and run.output is None:
-                    print(json.dumps(record.to_dict(), ensure_ascii=False), flush=True)
-    top_k = min(run.top_k, len(found.labels))
-    if run.format == "json":
-        show.write_result(show.json_text([record.to_dict() for record in records]), run.output)
-    elif run.format == "csv":
-        show.write_result(show.csv_text([record.row(top_k) for record in records]), run.output)
-    elif run.format == "jsonl" and run.output is not None:
-        lines = (json.dumps(record.to_dict(), ensure_ascii=False) for record in records)
-        show.write_result("\n".join(lines), run.output)
-    elif run.format == "table":
-        _predictions(records, top_k, run.output)
-    bad = sum(record.error is not None for record in records)
-    if bad:
-        show.say(f"{bad} of {len(records)} images could not be read.")
-    return 1 if bad else 0
+TRAINED = ("acc1", "acc5", "loss", "ap", "ap50", "ap75", "miou", "pixel_acc")
+"""Scores that stand in the table at the end of a training."""
 
 
-def _predictions(records: list[Any], top_k: int, output: str | None) -> None:
-    columns = ["image", *(f"{place + 1}." for place in range(top_k))]
-    rows = []
-    for record in records:
-        guesses = [f"{guess.label} {show.percent(guess.score)}" for guess in record.top]
-        cells = [f"error: {record.error}"] if record.error else guesses
-        rows.append([record.source, *cells, *[""] * (top_k - len(cells))])
-    if output is None:
-        show.table(columns, rows)
-    else:
-        show.write_result(show.plain_table(columns, rows), output)
+def score_text(name: str, value: float) -> str:
+    """A share as a percentage, anything else as a number; a dash for what is not defined."""
+    if value != value:
+        return "–"
+    return f"{value:.4f}" if name == "loss" else show.percent(value)
+
+
+def _class_rows(classes: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the scores by class, whatever the task."""
+    shares = [name for name in CLASS_SCORES if any(name in row for row in classes)]
+    support = {"iou": "pixels", "ap": "boxes"}.get(shares[0] if shares else "", "images")
+
+    def cell(value: float | None) -> str:
+        return "–" if value is None or value != value else show.percent(value)
+
+    lines = [
+        [row["label"], str(row.get("support", "")), *(cell(row.get(name)) for name in shares)]
+        for row in classes
+    ]
+    return ["class", support, *(CLASS_SCORES[name] for name in shares)], lines
+
+
+CLASS_SCORES = {
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "f1",
+    "iou": "IoU",
+    "accuracy": "accuracy",
+    "ap": "AP",
+    "ap50": "AP50",
+    "ap75": "AP75",
+}
+"""Scores of one class, and their columns."""
 
 
 def trace(run: TraceRun) -> int:

@@ -32,6 +32,9 @@ class Source:
     `classes`: names in the order of the labels; `labels`: int64 `[N]`, -1 where there are no classes.
     """
 
+    kind = "classes"
+    """What the pictures teach: classes, boxes or masks."""
+
     def __init__(
         self, stores: Sequence[Store], rows: Array, classes: Sequence[str], notes: Sequence[str] = ()
     ) -> None:

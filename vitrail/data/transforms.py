@@ -230,12 +230,19 @@ def _constants(preprocessing: Preprocessing, device: torch.device) -> tuple[Tens
     )
 
 
-def normalise(batch: Tensor, preprocessing: Preprocessing, dtype: torch.dtype = torch.float32) -> Tensor:
+def normalise(
+    batch: Tensor,
+    preprocessing: Preprocessing,
+    dtype: torch.dtype = torch.float32,
+    padding: Tensor | None = None,
+) -> Tensor:
     """(pixel / 255 - mean) / std of a uint8 batch `[B, C, h, w]`, on the device where it lies.
 
-    Computed in float32, handed back in `dtype`.
+    Computed in float32, handed back in `dtype`. Where `padding` `[B, h, w]` is True the result is exactly 0.
     """
     factor, summand = _constants(preprocessing, batch.device)
     images = batch.to(torch.float32, copy=True)
     images.mul_(factor).add_(summand)  # in place: on a CPU, new memory costs more than the sums
+    if padding is not None:
+        images.masked_fill_(padding.to(batch.device)[:, None], 0.0)
     return images.to(dtype)  # [B, C, h, w]

@@ -33,14 +33,29 @@ class TorchEngine:
         self.card: Card = network.card
         self.classes = int(network.num_classes)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]`, float32 on the engine's device, of uint8 images `[B, C, h, w]`."""
+    def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:
+        """What the network answers, in float32 on the engine's device, to uint8 images `[B, C, h, w]`.
+
+        A classifier answers logits `[B, K]`, a dense model its record (nn.shapes). `padding` is for detectors:
+        Bool `[B, h, w]`, True where there is no picture.
+        """
         training = self.network.training
         self.network.eval()
         try:
             with torch.no_grad(), self.runtime.autocast():
-                batch = normalise(images.to(self.runtime.device), self.card.preprocessing)
-                logits: Tensor = self.network(batch)
+                place = self.runtime.device
+                batch = normalise(images.to(place), self.card.preprocessing, padding=padding)
+                output = self.network(batch) if padding is None else self.network(batch, padding.to(place))
         finally:
             self.network.train(training)
-        return logits.float()
+        return in_float32(output)
+
+
+def in_float32(output: Any) -> Any:
+    """A tensor, or a named tuple of tensors and tuples of them, in float32."""
+    if isinstance(output, Tensor):
+        return output.float() if output.is_floating_point() else output
+    if isinstance(output, tuple):
+        parts = [in_float32(part) for part in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
+    return output

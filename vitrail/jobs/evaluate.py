@@ -13,12 +13,14 @@ from typing import Any
 
 from vitrail.config import to_dict
 from vitrail.data.loader import Loader
-from vitrail.data.sources import Source, open_splits
+from vitrail.data.sources import Source, Splits
 from vitrail.data.transforms import Preprocess
 from vitrail.disk import write_atomically
 from vitrail.engines import Engine, open_engine
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
+from vitrail.jobs import evaluate_dense
+from vitrail.jobs.dense_data import kind_for, open_kind
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.classify import Classify, ClassMetrics, Mistake, Mistakes
 from vitrail.tasks.draw import NAMED, Tile, confusion_picture, contact_sheet
@@ -35,9 +37,10 @@ class Evaluation:
     """The numbers, and the files that hold and show them."""
 
     scores: dict[str, float]
-    """acc1, acc5, loss, precision_macro, recall_macro, f1_macro, ece, images; shares in 0..1."""
+    """By name, shares in 0..1: acc1, acc5, loss, precision_macro, recall_macro, f1_macro, ece, images; of boxes ap,
+    ap50, ap75 ...; of masks miou, pixel_acc, mean_acc, loss."""
     classes: list[dict[str, Any]]
-    """One row a class: label, precision, recall, f1, support, predicted."""
+    """One row a class: label, support, and the class's own scores."""
     split: str
     """Which part of the data was scored."""
     notes: tuple[str, ...]
@@ -45,13 +48,16 @@ class Evaluation:
     skipped: tuple[str, ...]
     """Why some images could not be read."""
     files: tuple[Path, ...]
-    """report.json, confusion.png, mistakes.png, as far as there was something to draw."""
+    """report.json, and confusion.png, mistakes.png or worst.png, as far as there was something to draw."""
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
             "scores": {name: _finite(value) for name, value in self.scores.items()},
-            "classes": self.classes,
+            "classes": [
+                {key: _finite(value) if isinstance(value, float) else value for key, value in row.items()}
+                for row in self.classes
+            ],
             "split": self.split,
             "notes": list(self.notes),
             "skipped": list(self.skipped),
@@ -76,7 +82,12 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     if run.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {run.batch_size}.")
     engine = open_engine(run.model, device=run.device, precision=run.precision)
-    source, split, notes = _source(run)
+    if engine.card.task != "image-classification":
+        return _dense(run, engine, watch)
+    splits = open_kind(
+        kind_for(engine.card.task, run.data, run.model), run.data, ignore=run.ignore, reduce_zero=run.reduce_zero
+    )  # fmt: skip
+    source, split, notes = _source(run, splits)
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
     loader = Loader(
@@ -114,9 +125,30 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     return _written(run, result, metrics, mistakes.result(), source)
 
 
-def _source(run: EvaluateRun) -> tuple[Source, str, list[str]]:
+def _dense(run: EvaluateRun, engine: Engine, watch: Callable[[int, int], None] | None) -> Evaluation:
+    """The same of boxes and masks, with report.json and worst.png."""
+    found = evaluate_dense.score(
+        run, engine, lambda splits: _source(run, splits), lambda images: _workers(run.workers, images), watch
+    )
+    folder = _output(run)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = Evaluation(
+        scores=found.scores,
+        classes=found.classes,
+        split=found.split,
+        notes=tuple(found.notes),
+        skipped=tuple(found.skipped),
+        files=(folder / "report.json", folder / "worst.png"),
+    )
+    write_atomically(result.files[1], found.picture)
+    labels = [row["label"] for row in found.classes]
+    report = {"run": to_dict(run), **result.to_dict(), "labels": labels, "worst": found.worst, **found.extra}
+    write_atomically(result.files[0], (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+    return result
+
+
+def _source(run: EvaluateRun, splits: Splits) -> tuple[Any, str, list[str]]:
     """The pictures to score, the name of their split, and what to say about the choice."""
-    splits = open_splits(run.data)
     if run.split != "auto":
         chosen: Source | None = getattr(splits, run.split)
         if chosen is None:

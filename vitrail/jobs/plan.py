@@ -36,6 +36,8 @@ class Facts:
     """Name of the network that the given weights are of, where they tell it."""
     size: tuple[int, int] | None = None
     """Image size that the given weights are used to."""
+    task: str = "image-classification"
+    """What the network is for, in the words of its card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,13 @@ def choose(run: TrainRun, facts: Facts) -> tuple[TrainRun, list[Choice]]:
     made: list[Choice] = []
     if run.epochs is not None and run.steps is not None:
         raise ConfigError("Give epochs or steps, not both.")
-    for offer in (_network, _length, _optimiser, _regularisation, _augmentation, _loading):
+    offers = [_network, _length, _optimiser, _regularisation, _augmentation, _loading]
+    if facts.task != "image-classification":
+        from vitrail.jobs import plan_dense
+
+        plan_dense.check(run)
+        offers = [*plan_dense.OFFERS, _loading]
+    for offer in offers:
         for choice in offer(run, facts):
             fields = {name: value for name, value in choice.fields.items() if is_open(run, name)}
             if "epochs" in fields and run.steps is not None:

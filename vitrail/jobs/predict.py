@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from vitrail.errors import DataError
+from vitrail.data.image import decode
+from vitrail.disk import write_atomically
+from vitrail.errors import ConfigError, DataError
 from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun
-from vitrail.tasks.classify import Prediction
+from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, index_png
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,21 +23,97 @@ class Predictions:
     """Images that there are, readable or not."""
     labels: tuple[str, ...]
     """The model's class names."""
-    records: Iterator[Prediction]
+    records: Iterator[Any]
+    """Prediction, BoxPrediction or Segmentation."""
+    task: str = "image-classification"
+    """What the model is for, in the words of its card."""
+    folder: Path | None = None
+    """Where drawings and index PNGs of boxes and masks lie."""
 
-    def __iter__(self) -> Iterator[Prediction]:
+    def __iter__(self) -> Iterator[Any]:
         return self.records
 
 
 def predict(run: PredictRun) -> Predictions:
     """Open the model and find the images; an image that cannot be read gets a record with its error.
 
-    Raises DataError where a folder or pattern holds no image, and what opening a model raises.
+    A model of boxes or masks draws what it finds: NAME.png in the folder of drawings, and NAME-mask.png, which
+    holds the class numbers. Raises DataError where a folder or pattern holds no image, ConfigError for a form
+    that the model's task does not have, and what opening a model raises.
     """
     paths = expand(run.images)
     if not paths:
         raise DataError("There is no image to look at: name files, folders or patterns.")
     predictor = Predictor(
-        run.model, precision=run.precision, device=run.device, batch_size=run.batch_size, top_k=run.top_k
-    )
-    return Predictions(total=len(paths), labels=predictor.labels, records=predictor.stream(paths))
+        run.model, precision=run.precision, device=run.device, batch_size=run.batch_size, top_k=run.top_k,
+        threshold=run.threshold,
+    )  # fmt: skip
+    task = predictor.engine.card.task
+    if run.format == "coco" and task != "object-detection":
+        raise ConfigError(
+            "The form coco lists boxes, and this model finds none; take json, jsonl, csv or table."
+        )
+    records, folder = predictor.stream(paths), None
+    if task != "image-classification":
+        folder = Path(run.draw or "predictions")
+        records = _drawn(records, predictor.labels, folder)
+    return Predictions(total=len(paths), labels=predictor.labels, records=records, task=task, folder=folder)
+
+
+def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Iterator[Any]:
+    """The same records, each drawn on its picture before it is handed on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    taken: set[str] = set()
+    for record in records:
+        if record.error is None:
+            name = _free_name(Path(record.source).stem, taken)
+            pixels = decode(record.source, name=record.source).permute(1, 2, 0).numpy()
+            if hasattr(record, "boxes"):
+                boxes = [Drawn(box.index, box.corners, box.score) for box in record.boxes]
+                drawing = draw_boxes(pixels, boxes, labels)
+            else:
+                mask = record.mask.numpy()
+                drawing = draw_mask(pixels, mask, labels)
+                write_atomically(folder / f"{name}-mask.png", index_png(mask, len(labels)))
+            write_atomically(folder / f"{name}.png", as_png(drawing))
+        yield record
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    """The stem, with a number where pictures of several folders share it."""
+    name, number = stem, 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken.add(name)
+    return name
+
+
+def coco_form(records: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
+    """Boxes as a COCO json with images, categories and annotations; each annotation has its score.
+
+    Ids count from 1; the file is read by COCO's tools and by vitrail itself.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, record in enumerate(records, 1):
+        if record.error is not None:
+            continue
+        height, width = record.size
+        images.append({"id": number, "file_name": record.source, "height": height, "width": width})
+        for box in record.boxes:
+            left, top, right, bottom = box.corners
+            wide, tall = right - left, bottom - top
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": box.index + 1,
+                    "bbox": [round(value, 2) for value in (left, top, wide, tall)],
+                    "area": round(wide * tall, 2),
+                    "iscrowd": 0,
+                    "score": round(box.score, 5),
+                }
+            )
+    categories = [{"id": number, "name": label} for number, label in enumerate(labels, 1)]
+    return {"images": images, "categories": categories, "annotations": annotations}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +25,9 @@ from vitrail.jobs import training_data as pictures
 from vitrail.jobs import training_keep as keeping
 from vitrail.jobs import training_parts as parts
 from vitrail.jobs.training_keep import Keeper
-from vitrail.models.classifier import Classifier
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
-from vitrail.tasks.classify import Classify
+from vitrail.tasks.choose import choose, facts_of
 from vitrail.train import state
 from vitrail.train.average import Average
 from vitrail.train.features import FeatureBatches, compute_features
@@ -99,18 +99,22 @@ class _Job:
         for choice in choices:
             self.say(Note(text=str(choice), kind="choice"))
         self.data = pictures.decode_once(self.data, self.say)
-        self.task = Classify(
-            self.data.classes,
-            smoothing=self.run.smoothing or 0.0,
-            objective="sigmoid" if self.run.loss == "bce" else "softmax",
-        )
+        self.facts = facts_of(self.data.task)
 
     def go(self) -> TrainResult:
         run, runtime = self.run, self.runtime
         self.model = parts.build_model(run, self.data, self.say)
+        self.task = choose(
+            self.data.task,
+            self.data.classes,
+            smoothing=run.smoothing or 0.0,
+            loss=run.loss,
+            auxiliary=getattr(self.model.config, "auxiliary_weight", 0.4),
+            mean=lambda value: runtime.sum_tensor(value) / runtime.world,
+        )
         frozen = parts.freeze(self.model, run)
         self.preprocessing = self.model.card.preprocessing
-        blocks = [block for stage in self.model.backbone.stages for block in cast(Any, stage).blocks]
+        blocks = [block for stage in self.model.backbone.stages for block in stage.blocks]
         network = runtime.prepare(self.model, blocks=blocks, compile=run.compile)
         batches = self._batches()
         cached = isinstance(batches, FeatureBatches)
@@ -153,6 +157,7 @@ class _Job:
             evaluate=self._evaluate if self.data.val is not None else None,
             save=self.keeper.save,
             keep_best=self.keeper.save_best,
+            score=self.facts.score,
         )
         self.say(Note(text=self._summary()))
         reason = "done"
@@ -220,8 +225,9 @@ class _Job:
             smoothing=run.smoothing or 0.0,
         )
 
-    def _inputs(self, images: Tensor) -> Tensor:
-        return normalise(images.to(self.runtime.device, non_blocking=True), self.preprocessing)
+    def _inputs(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
+        there = images.to(self.runtime.device, non_blocking=True)
+        return normalise(there, self.preprocessing, padding=padding)
 
     def _evaluate(self) -> tuple[Mapping[str, float], str]:
         assert self.data.val is not None
@@ -235,10 +241,10 @@ class _Job:
         """The task's metrics of a model over a source, computed as `vitrail evaluate` does."""
         model.eval()
 
-        def forward(images: Tensor) -> Tensor:
+        def forward(images: Tensor, *padding: Tensor) -> Any:
+            there = [where.to(self.runtime.device) for where in padding]
             with self.runtime.autocast():
-                output: Tensor = model(self._inputs(images))
-            return output
+                return model(self._inputs(images, *there), *there)
 
         batches = pictures.batches_in_order(self.run, source, self.preprocessing, self.runtime, shared)
         total = self.runtime.sum_tensor if shared else None
@@ -264,7 +270,8 @@ class _Job:
                                       best=True, split=split, weights="saved"))  # fmt: skip
             self._write_model(final.cpu(), scores, step)
             title = f"{self.folder.name}: {self.model.name}"
-            draw_curves(read_log(self.folder / "metrics.jsonl"), self.folder / "curves.png", title)
+            score = (self.facts.score, self.facts.score_words)
+            draw_curves(read_log(self.folder / "metrics.jsonl"), self.folder / "curves.png", title, score)
         self.runtime.barrier()
         return TrainResult(
             folder=self.folder,
@@ -275,11 +282,15 @@ class _Job:
             reason=reason,
         )
 
-    def _write_model(self, final: Classifier, scores: Mapping[str, Mapping[str, float]], step: int) -> None:
-        shown = ("acc1", "acc5", "loss")
+    def _write_model(self, final: Any, scores: Mapping[str, Mapping[str, float]], step: int) -> None:
         final.card = dataclasses.replace(
             final.card,
-            scores={f"{split}_{name}": found[name] for split, found in scores.items() for name in shown},
+            scores={
+                f"{split}_{name}": found[name]
+                for split, found in scores.items()
+                for name in self.facts.shown
+                if math.isfinite(found[name])
+            },
             recipe={
                 name: value for name, value in records.to_dict(self.run).items() if value not in (None, [])
             },

@@ -6,17 +6,19 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy
 
 from vitrail.data.augment import Augmentation, TrainTransform
 from vitrail.data.cache import cached
 from vitrail.data.image import decode
+from vitrail.data.joint import JointAugmentation
 from vitrail.data.loader import Batch, Loader
-from vitrail.data.sources import Source, open_splits
+from vitrail.data.sources import Source
 from vitrail.data.transforms import Preprocess
 from vitrail.errors import ConfigError, DataError
+from vitrail.jobs import dense_data
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime
 from vitrail.train.log import Note
@@ -40,11 +42,21 @@ class Data:
     def classes(self) -> tuple[str, ...]:
         return self.train.classes
 
+    @property
+    def task(self) -> str:
+        """What a network must be for that learns from these pictures."""
+        return dense_data.TASK_OF[cast(dense_data.Kind, self.train.kind)]
+
 
 def open_data(run: TrainRun, say: Say) -> Data:
     """The pictures of a run. Test pictures never stand in for validation pictures that are missing:
     those are then held back from the training pictures."""
-    found = open_splits(run.data, val=run.val, val_share=run.val_share, seed=run.seed)
+    task = dense_data.task_of(run.model, run.pretrained)
+    kind = dense_data.kind_for(task, run.data, run.model or str(run.pretrained))
+    found = dense_data.open_kind(
+        kind, run.data, val=run.val, val_share=run.val_share, seed=run.seed,
+        classes=run.classes, ignore=run.ignore, reduce_zero=run.reduce_zero,
+    )  # fmt: skip
     train, val, test = found.train, found.val, found.test
     if train is None:
         raise DataError(f"{', '.join(run.data)} holds no training pictures, only {', '.join(found.given)}.")
@@ -52,7 +64,8 @@ def open_data(run: TrainRun, say: Say) -> Data:
         say(Note(text=note))
     if run.train_share != 1.0:
         train = part_of(train, run.train_share)
-        say(Note(text=f"{len(train):,} training pictures: {run.train_share:.0%} of each class."))
+        of = "of each class" if train.kind == "classes" else "of all"
+        say(Note(text=f"{len(train):,} training pictures: {run.train_share:.0%} {of}."))
     return Data(train=train, val=val, test=test, fingerprint=train.fingerprint())
 
 
@@ -64,7 +77,7 @@ def part_of(source: Source, share: float) -> Source:
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"train-share lies above 0 and at most at 1; got {share}.")
     kept: list[int] = []
-    for label in range(len(source.classes)):
+    for label in numpy.unique(source.labels).tolist():
         own = numpy.flatnonzero(source.labels == label).tolist()
         own.sort(
             key=lambda index: hashlib.sha256(source.name(index).encode("utf-8", "surrogateescape")).digest()
@@ -116,6 +129,23 @@ def leaves_pictures_alone(run: TrainRun) -> bool:
 
 def training_batches(run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime) -> Loader:
     """This process's share of the shuffled, augmented batches."""
+    options: dict[str, Any] = {
+        "batch_size": batch_size(run, len(source), runtime.world),
+        "seed": run.seed,
+        "workers": cast(int, run.workers),
+        "rank": runtime.rank,
+        "world": runtime.world,
+        "repeats": run.aug_repeats,
+        "max_bad_share": run.max_bad_share,
+        "pin_memory": runtime.device.type == "cuda",
+    }
+    if source.kind != "classes":
+        joint = JointAugmentation(
+            scale=cast(tuple[float, float], run.scale) if run.crop == "resized" else (1.0, 1.0),
+            hflip=cast(float, run.hflip),
+            color_jitter=cast(float, run.color_jitter),
+        )
+        return dense_data.training_loader(source, preprocessing, joint, **options)
     augmentation = Augmentation(
         crop=cast(str, run.crop),
         scale=cast(tuple[float, float], run.scale),
@@ -126,18 +156,7 @@ def training_batches(run: TrainRun, source: Source, preprocessing: Preprocessing
         reprob=cast(float, run.reprob),
     )
     return Loader(
-        source,
-        TrainTransform(preprocessing, augmentation),
-        batch_size=batch_size(run, len(source), runtime.world),
-        shuffle=True,
-        drop_last=True,
-        seed=run.seed,
-        workers=cast(int, run.workers),
-        rank=runtime.rank,
-        world=runtime.world,
-        repeats=run.aug_repeats,
-        max_bad_share=run.max_bad_share,
-        pin_memory=runtime.device.type == "cuda",
+        source, TrainTransform(preprocessing, augmentation), shuffle=True, drop_last=True, **options
     )
 
 
@@ -145,16 +164,16 @@ def batches_in_order(
     run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime, shared: bool = False
 ) -> Iterator[Batch]:
     """Every picture once, preprocessed as the model is used; `shared` over processes, or all in each."""
-    loader = Loader(
-        source,
-        Preprocess(preprocessing),
-        batch_size=cast(int, run.batch_size),
-        seed=run.seed,
-        workers=cast(int, run.workers),
-        rank=runtime.rank if shared else 0,
-        world=runtime.world if shared else 1,
-        unreadable="drop",
-        max_bad_share=run.max_bad_share,
-    )
-    # A row that only keeps the processes in step has no class.
-    return (batch for batch in loader if int(batch.targets[0]) >= 0)
+    options: dict[str, Any] = {
+        "batch_size": cast(int, run.batch_size),
+        "seed": run.seed,
+        "workers": cast(int, run.workers),
+        "rank": runtime.rank if shared else 0,
+        "world": runtime.world if shared else 1,
+        "max_bad_share": run.max_bad_share,
+    }
+    if source.kind != "classes":
+        loader = dense_data.loader_in_order(source, preprocessing, **options)
+    else:
+        loader = Loader(source, Preprocess(preprocessing), unreadable="drop", **options)
+    return dense_data.rows(loader)

@@ -17,10 +17,10 @@ from vitrail.jobs.doctor import usable_cores
 from vitrail.jobs.plan import Facts
 from vitrail.jobs.training_data import Data, Say, typical_side
 from vitrail.models import loading, registry
+from vitrail.models.backbones import load_backbone
 from vitrail.models.classifier import Classifier
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime
-from vitrail.tasks.classify import Classify
 from vitrail.train.distill import Distillation
 from vitrail.train.log import Note
 from vitrail.weights import folder as folders
@@ -35,6 +35,7 @@ def gather_facts(run: TrainRun, data: Data, runtime: Runtime) -> Facts:
         images=len(data.train),
         classes=len(data.classes),
         side=typical_side(data.train),
+        task=data.task,
         device=runtime.device.type,
         cores=usable_cores(),
         digits="digits" in run.data,
@@ -43,7 +44,7 @@ def gather_facts(run: TrainRun, data: Data, runtime: Runtime) -> Facts:
     )
 
 
-def build_model(run: TrainRun, data: Data, say: Say) -> Classifier:
+def build_model(run: TrainRun, data: Data, say: Say) -> Any:
     """The network of a run, with the given weights in it; what became of them is said.
 
     The head is kept where the weights were trained on the same classes in the same order, else new.
@@ -55,7 +56,12 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Classifier:
         )
     torch.manual_seed(run.seed)
     config = _config(run, len(data.classes))
-    model = cast(Classifier, registry.from_config(run.model, config))
+    model: Any = registry.from_config(run.model, config)
+    if run.backbone is not None:
+        if run.pretrained is not None:
+            raise ConfigError("Give whole weights (pretrained) or those of the backbone, not both.")
+        for line in load_backbone(model, folders.model_folder(run.backbone)).lines():
+            say(Note(text=f"backbone: {line}", kind="receipt"))
     if run.pretrained is not None:
         path = folders.model_folder(run.pretrained) if Path(run.pretrained).is_dir() else run.pretrained
         receipt = loading.load_pretrained(model, path, replace_head=True)
@@ -94,7 +100,34 @@ def _config(run: TrainRun, classes: int) -> Any:
         changes["img_size"] = size_of(run.img_size)
     if run.drop_path is not None:
         changes["drop_path_rate"] = run.drop_path
+    if run.backbone is not None:
+        changes |= _backbone_fields(run.backbone, config)
     return registry.changed(config, **changes, **read_fields(run.model_kwargs))
+
+
+def _backbone_fields(folder: str, config: Any) -> dict[str, Any]:
+    """What a dense network's configuration says of a backbone, read from the card of a classification model."""
+    card = _card(folder)
+    if card is None or not card.architecture:
+        raise ConfigError(
+            f"backbone takes the folder of a classification model made by vitrail; got {folder}."
+        )
+    if not isinstance(getattr(config, "backbone", None), str):
+        raise ConfigError(f"backbone is for networks of boxes and masks; {type(config).__module__} has none.")
+    plain = records.to_dict(registry.variant(card.architecture))
+    own = ("img_size", "num_classes", "in_chans", "drop_path_rate", "drop_rate", "attn_drop_rate")
+    changed = {
+        name: value for name, value in card.config.items() if name not in own and plain.get(name) != value
+    }
+    fields: dict[str, Any] = {"backbone": card.architecture}
+    if hasattr(config, "backbone_changes"):
+        fields["backbone_changes"] = changed
+    elif changed:
+        raise ConfigError(
+            f"{folder} differs from the plain {card.architecture} ({', '.join(changed)}), which this network cannot"
+            " take as a backbone."
+        )
+    return fields
 
 
 def size_of(values: tuple[int, ...]) -> tuple[int, int]:
@@ -129,7 +162,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def _preprocessing(run: TrainRun, model: Classifier, data: Data) -> Any:
+def _preprocessing(run: TrainRun, model: Any, data: Data) -> Any:
     """The card's preprocessing; pictures that are small already lose nothing at their edges."""
     wanted = model.card.preprocessing
     if run.pretrained is None and typical_side(data.train) <= 2 * min(wanted.input_size):
@@ -144,10 +177,13 @@ def _card(pretrained: str | None) -> Any:
     return folders.load(folders.model_folder(pretrained))[1]
 
 
-def freeze(model: Classifier, run: TrainRun) -> list[nn.Module]:
+def freeze(model: Any, run: TrainRun) -> list[nn.Module]:
     """Freezes what the run does not train; the modules that stay in evaluation mode."""
     if run.freeze == "none":
         return []
+    if not isinstance(model, Classifier):
+        model.backbone.requires_grad_(False)
+        return [cast(nn.Module, model.backbone)]
     trained = {id(parameter) for parameter in learned_layers(model).parameters()}
     if not trained:
         raise ModelError("A linear probe needs a model with a class layer; this one has none.")
@@ -164,10 +200,14 @@ def learned_layers(model: Classifier) -> nn.ModuleList:
     )
 
 
-def objective(run: TrainRun, task: Classify, model: Classifier, runtime: Runtime) -> Objective:
+def objective(run: TrainRun, task: Any, model: Any, runtime: Runtime) -> Objective:
     """The loss of (output, targets, images): on the labels, and on a teacher's answers where there is one."""
     if run.teacher is None:
         return lambda output, targets, images: task.loss(output, targets)
+    if not isinstance(model, Classifier):
+        raise ConfigError(
+            "A teacher teaches classes of whole pictures; boxes and masks have no distillation."
+        )
     teacher = cast(Classifier, registry.from_pretrained(run.teacher))
     if teacher.card.labels is not None and tuple(teacher.card.labels) != task.labels:
         raise ModelError(
@@ -194,16 +234,18 @@ def objective(run: TrainRun, task: Classify, model: Classifier, runtime: Runtime
     return Distillation(task, answer, run.distill, run.distill_weight, run.distill_temperature)
 
 
-def has_one_layer(model: Classifier) -> bool:
+def has_one_layer(model: Any) -> bool:
     """Whether the logits are one linear layer away from a vector, so that the vectors can be kept."""
+    if not isinstance(model, Classifier):
+        return False
     head = cast(Any, model.head)
     plain = not hasattr(head, "distilled") and not len(getattr(head, "hidden", ()))
     return plain and not getattr(head.dropout, "p", 0.0)
 
 
-def fresh_copy(model: Classifier, weights: Mapping[str, Tensor]) -> Classifier:
+def fresh_copy(model: Any, weights: Mapping[str, Tensor]) -> Any:
     """The same network on the CPU with other weights, neither compiled nor sharded."""
-    copy = cast(Classifier, registry.from_config(model.name, model.config))
+    copy: Any = registry.from_config(model.name, model.config)
     copy.load_state_dict(dict(weights))
     copy.card = model.card
     return copy

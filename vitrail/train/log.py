@@ -148,10 +148,15 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
 
-def draw_curves(records: Iterable[Mapping[str, Any]], path: Path, title: str) -> None:
+def draw_curves(
+    records: Iterable[Mapping[str, Any]],
+    path: Path,
+    title: str,
+    score: tuple[str, str] = ("acc1", "top-1, %"),
+) -> None:
     """Loss, accuracy, learning rate and speed over the epochs, as one PNG.
 
-    `records` are those of `read_log`.
+    `records` are those of `read_log`; `score` is the one that counts, by its name and in words.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -167,11 +172,11 @@ def draw_curves(records: Iterable[Mapping[str, Any]], path: Path, title: str) ->
     _line(loss, train, "loss", "training", "#4c72b0")
     _score(loss, scores, "loss", "validation", "#c44e52")
     _line(accuracy, train, "accuracy", "training", "#4c72b0", scale=100)
-    _score(accuracy, scores, "acc1", "validation", "#c44e52", scale=100)
+    _score(accuracy, scores, score[0], "validation", "#c44e52", scale=100)
     _line(rate, train, "rate", "learning rate", "#55a868")
     _line(speed, train, "images_per_second", "images/s", "#8172b3")
-    _mark_best(accuracy, scores)
-    for axes, name in zip(panels.flat, ("loss", "top-1, %", "learning rate", "images/s"), strict=True):
+    _mark_best(accuracy, scores, score[0])
+    for axes, name in zip(panels.flat, ("loss", score[1], "learning rate", "images/s"), strict=True):
         axes.set_title(name, fontsize=10, loc="left")
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
@@ -203,8 +208,8 @@ def _score(
         )
 
 
-def _mark_best(axes: Any, records: list[Mapping[str, Any]]) -> None:
-    points = [(r["epoch"], r["scores"]["acc1"] * 100) for r in records if "acc1" in r["scores"]]
+def _mark_best(axes: Any, records: list[Mapping[str, Any]], score: str) -> None:
+    points = [(r["epoch"], r["scores"][score] * 100) for r in records if score in r["scores"]]
     if points:
         epoch, best = max(points, key=lambda point: point[1])
         axes.annotate(

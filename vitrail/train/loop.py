@@ -32,9 +32,9 @@ class Training:
     """As the runtime prepared it."""
     runtime: Runtime
     batches: Batches
-    inputs: Callable[[Tensor], Tensor]
-    """From a loader's uint8 images to the network's input, on the device."""
-    objective: Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
+    inputs: Callable[..., Tensor]
+    """From a loader's uint8 images (and their padding, if they have some) to the network's input, on the device."""
+    objective: Callable[[Any, Any, Tensor], Mapping[str, Tensor]]
     """Loss terms of (output, targets, input images); the total is called `loss`."""
     optimiser: Optimiser
     schedule: Schedule
@@ -75,12 +75,13 @@ def train(training: Training) -> Iterator[Record]:
                     batch = feed.fetch()
                 # After fetching: a loader that begins an epoch draws random numbers of its own.
                 generator = seed_part(pace.seed, place.step, part, runtime.rank)
-                images, targets = t.inputs(batch.images), batch.targets.to(runtime.device)
+                padding = padding_of(batch, runtime)
+                images, targets = t.inputs(batch.images, *padding), batch.targets.to(runtime.device)
                 if t.mix is not None:
                     images, targets = t.mix(images, targets, generator)
                 with runtime.no_sync(t.network, more=part + 1 < pace.accumulate):
                     with runtime.autocast():
-                        output = t.network(images)
+                        output = t.network(images, *padding)
                         loss = t.objective(output, targets, images)["loss"]
                     backward(loss / pace.accumulate, runtime)
                 meter.count(output, targets, loss)
@@ -116,6 +117,12 @@ def train(training: Training) -> Iterator[Record]:
                 yield Stopped(step=place.step, reason="interrupted" if stop else "patience")
                 return
     yield Stopped(step=place.step, reason="done")
+
+
+def padding_of(batch: Any, runtime: Runtime) -> tuple[Tensor, ...]:
+    """Where pictures of a batch end and padding begins, on the device, as an argument; none where none is padded."""
+    padding = getattr(batch, "padding", None)
+    return () if padding is None else (padding.to(runtime.device),)
 
 
 def seed_part(seed: int, step: int, part: int, rank: int) -> torch.Generator:

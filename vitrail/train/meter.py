@@ -82,12 +82,12 @@ class Meter:
         yield
         self.last += time.perf_counter() - start
 
-    def count(self, output: Any, targets: Tensor, loss: Tensor) -> None:
+    def count(self, output: Any, targets: Any, loss: Tensor) -> None:
         """Notes one batch; nothing is fetched from the device yet."""
         logits = output.logits if isinstance(output, ClassOutput) else output
         self.seen += len(targets)
         self.losses.append(loss.detach())
-        if not targets.is_floating_point():
+        if isinstance(targets, Tensor) and targets.ndim == 1 and not targets.is_floating_point():
             self.hits.append((logits.detach().argmax(dim=1) == targets).sum())
 
     def settle(self, norm: float, stop: bool) -> tuple[bool, bool, bool]:
