@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, UnsupportedError
@@ -41,8 +41,11 @@ class Look:
     keys: Keys
     placement: Placement
     """Where the cells of the grid lie in the network's input."""
-    weights: Float[Tensor, "B H N M"]
-    """Attention of queries to keys; where N is the prefix alone, the other tokens are handed on unread."""
+    weights: Tensor
+    """Attention of queries to keys `[B, H, N, M]`; where N is the prefix alone, the other tokens are handed on
+    unread. Window by window, `[B, H, W, L, L]`, where there are `members`."""
+    members: Int[Tensor, "W L"] | None = None
+    """Which keys (and which queries of the map padded like them) each window holds."""
 
 
 @dataclass(kw_only=True)
@@ -107,6 +110,7 @@ def explicit(
     keep: Callable[[Tensor], Tensor] | None = None,
     alter: Callable[[Look, Tensor], Tensor] | None = None,
     only: Collection[str] | None = None,
+    local: bool = False,
 ) -> Iterator[Pass]:
     """Record the forward pass inside; the hooks are removed at the end, also after an error.
 
@@ -116,6 +120,7 @@ def explicit(
         keep: what is kept of the weights, such as the mean over heads; everything by default.
         alter: other weights to compute the mixer's output from, such as those without some keys.
         only: names of the mixers that are recorded; all of them by default.
+        local: leave weights window by window where a mixer has them so: most of the whole matrix is zero.
     """
     found = Pass()
     mixers, blocks, stages = mixers_of(network), blocks_of(network), stages_of(network)
@@ -131,16 +136,19 @@ def explicit(
             found.placement = found.placement.after(move.rows, move.columns)
             return None
         mixer: Any = module
-        weights: Tensor = mixer.weights(*arguments)
+        windowed = local and hasattr(mixer, "local_weights")
+        weights: Tensor = (mixer.local_weights if windowed else mixer.weights)(*arguments)
+        mix = mixer.local_mix if windowed else mixer.mix
         if gradients and not weights.requires_grad:
             weights.requires_grad_()
-        look = _look(name, homes[name], found, module, arguments, weights)
+        members = mixer.members(arguments[1], weights.device) if windowed else None
+        look = _look(name, homes[name], found, module, arguments, weights, members)
         look.placement = maps.get(look.grid, look.placement)
         look.weights = weights if keep is None else keep(weights)
         found.events.append(look)
         if alter is not None:
-            return mixer.mix(alter(look, weights), *arguments)
-        return mixer.mix(weights, *arguments) if gradients else None
+            return mix(alter(look, weights), *arguments)
+        return mix(weights, *arguments) if gradients else None
 
     def begin(_module: nn.Module, _arguments: Any) -> None:
         found.events.clear()
@@ -204,17 +212,24 @@ def _move(name: str, entry: nn.Module, arguments: tuple[Any, ...], output: Any) 
 
 
 def _look(
-    name: str, block: str, found: Pass, mixer: nn.Module, arguments: tuple[Any, ...], weights: Tensor
+    name: str,
+    block: str,
+    found: Pass,
+    mixer: nn.Module,
+    arguments: tuple[Any, ...],
+    weights: Tensor,
+    members: Tensor | None,
 ) -> Look:
     given = arguments[0]
     grid = (
         Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]
     )  # a map (non-local), or tokens with their grid
     prefix = 0 if given.ndim == 4 else given.shape[1] - grid.size
-    keys = keys_of(mixer, weights.shape[3], grid, prefix)
+    count = weights.shape[3] if members is None else members.numel()
+    keys = keys_of(mixer, count, grid, prefix)
     if keys is None:
         raise UnsupportedError(
-            f"{name} attends to {weights.shape[3]} keys from a grid of {grid.rows} x {grid.columns} cells, and"
+            f"{name} attends to {count} keys from a grid of {grid.rows} x {grid.columns} cells, and"
             " nothing says where they lie: its attention cannot be laid over the picture."
             " gradcam, integrated_gradients and occlusion work without it."
         )
@@ -227,6 +242,7 @@ def _look(
         keys=keys,
         placement=found.placement,
         weights=weights,
+        members=members,
     )
 
 

@@ -182,7 +182,9 @@ def _strip(band: SubFigure, trace: Trace, row: int, column: int, top: float) -> 
         )
         axes.set_ylabel(name, rotation=0, ha="right", va="center", size=7.5)
     axes.set_xlabel(
-        f"these {flat.size} numbers, normalised, {words(trace.convolutional, trace.overlapping).read}", size=8, loc="left"
+        f"these {flat.size} numbers, normalised, {words(trace.convolutional, trace.overlapping).read}",
+        size=8,
+        loc="left",
     )
 
 

@@ -80,15 +80,31 @@ def token_number(token: str, prefix: int) -> int:
     return number
 
 
-def looked_at(rows: Rows, look: Look, weights: Float[Tensor, "B N M"]) -> Rows:
-    """What the readers get through one layer's weights: rows · weights, laid out over prefix and cells."""
-    queries = weights.shape[1]
-    got = rows.tokens[:, :, :queries] @ weights  # [B, Q, M]
+def looked_at(rows: Rows, look: Look, weights: Tensor) -> Rows:
+    """What the readers get through one layer's weights: rows · weights, laid out over prefix and cells.
+
+    `weights` are `[B, N, M]`, or `[B, W, L, L]` where the look has the members of its windows.
+    """
+    got = _through_windows(rows, look, weights) if look.members is not None else _through(rows, weights)
     keys = look.keys
     prefix = got.new_zeros(rows.prefix.shape)
     prefix[:, :, : keys.prefix] = got[:, :, : keys.prefix]
     cells = got[:, :, keys.prefix :].unflatten(2, tuple(keys.grid))  # [B, Q, m, m]
     return Rows(prefix=prefix, cells=keys.rows.to(cells).t() @ cells @ keys.columns.to(cells))
+
+
+def _through(rows: Rows, weights: Float[Tensor, "B N M"]) -> Float[Tensor, "B Q M"]:
+    return rows.tokens[:, :, : weights.shape[1]] @ weights
+
+
+def _through_windows(rows: Rows, look: Look, weights: Float[Tensor, "B W L L"]) -> Float[Tensor, "B Q M"]:
+    members, keys = look.members, look.keys
+    assert members is not None
+    padded = keys.rows.to(rows.cells) @ rows.cells @ keys.columns.to(rows.cells).t()  # [B, Q, m, m]
+    inside = padded.flatten(2)[:, :, members].transpose(1, 2) @ weights  # [B, W, Q, L]
+    got = torch.zeros_like(padded.flatten(2))
+    got[:, :, members.flatten()] = inside.transpose(1, 2).flatten(2)
+    return got
 
 
 def moved(rows: Rows, move: Move) -> Rows:
@@ -114,7 +130,8 @@ def carried_back(found: Pass, start: Rows, through: Callable[[Look], Tensor], sh
         gains = []
         for look in group:
             weights = through(look)
-            renewed = min(renewed, weights.shape[1])
+            if look.members is None:
+                renewed = min(renewed, weights.shape[1])
             gains.append(looked_at(rows, look, weights))
         weight = share / len(group) if share < 1 else 1.0
         kept = torch.ones_like(rows.tokens)
@@ -195,7 +212,7 @@ def attention(
 
 def rollout(network: nn.Module, images: Float[Tensor, "B C I J"], token: str = "") -> Heat:
     """Attention rollout to the token that the head reads; shares of one, `elsewhere` on prefix and padding."""
-    with held_still(network), torch.no_grad(), explicit(network, keep=_head_mean) as found:
+    with held_still(network), torch.no_grad(), explicit(network, keep=_head_mean, local=True) as found:
         network(images)
     start = start_rows(found, reading(network, token), images)
     rows = carried_back(found, start, lambda look: look.weights, 0.5)
@@ -208,15 +225,16 @@ def rollout(network: nn.Module, images: Float[Tensor, "B C I J"], token: str = "
     )
 
 
-def _head_mean(weights: Float[Tensor, "B H N M"]) -> Float[Tensor, "B N M"]:
-    return weights.mean(dim=1)
+def _head_mean(weights: Tensor) -> Tensor:
+    """The mean over heads, of whole matrices or window by window."""
+    return weights.mean(dim=1) if weights.shape[1] > 1 else weights[:, 0]
 
 
 def relevance(
     network: nn.Module, images: Float[Tensor, "B C I J"], targets: Sequence[int] | Tensor, token: str = ""
 ) -> Heat:
     """Gradient-weighted attention through all layers, for one class an image; 0 or more."""
-    with held_still(network), torch.enable_grad(), explicit(network, gradients=True) as found:
+    with held_still(network), torch.enable_grad(), explicit(network, gradients=True, local=True) as found:
         logits = network(images)
         score = logits.gather(1, torch.as_tensor(targets, device=logits.device)[:, None]).sum()
         looks = found.looks

@@ -126,8 +126,10 @@ class RandomFeatures(Attention):
         queries, keys, _ = self.project(tokens)
         with _without_autocast(tokens):
             phi_q, phi_k = self._features(queries, keys)
-            joint = phi_q @ phi_k.transpose(-2, -1)  # [B, H, N, N]
-            return joint / (joint.sum(dim=-1, keepdim=True) + self.kernel.guard)
+            total = (
+                phi_q @ phi_k.sum(dim=-2, keepdim=True).transpose(-2, -1) + self.kernel.guard
+            )  # [B, H, N, 1]
+            return (phi_q / total) @ phi_k.transpose(-2, -1)  # [B, H, N, N]
 
     def _features(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Both in float32 at least: exp(-17) is zero in half precision."""

@@ -177,11 +177,26 @@ class WindowAttention(Attention):
         queries, keys, values = self.project(windows.flatten(0, 1))  # [B * W, H, L, E]
         heads = self._attend(queries, keys, values, plan)  # [B * W, H, L, E]
         mixed = self.merge(heads, values).unflatten(0, (-1, plan.windows))  # [B, W, L, D]
-        map = torch.roll(reverse(mixed, plan.window, plan.padded), tuple(plan.shift), dims=(1, 2))
-        return map[:, : grid.rows, : grid.columns].flatten(1, 2)  # [B, N, D]
+        return self._laid_out(mixed, grid, plan)
 
     def weights(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B H N M"]:  # type: ignore[override]
         """Weights over the whole padded map, zero outside the window; M is N where nothing is padded."""
+        inside, members = self.local_weights(tokens, grid), self.members(grid, tokens.device)
+        plan = cut(grid, self.window, self.shifted)
+        everywhere = inside.new_zeros(inside.shape[0], self.heads, plan.padded.size, plan.padded.size)
+        everywhere[:, :, members[:, :, None], members[:, None, :]] = inside
+        places = torch.arange(plan.padded.size, device=tokens.device).view(*plan.padded)
+        return everywhere[:, :, places[: grid.rows, : grid.columns].flatten()]  # [B, H, N, M]
+
+    def mix(  # type: ignore[override]
+        self, weights: Float[Tensor, "B H N M"], tokens: Float[Tensor, "B N D"], grid: Grid
+    ) -> Float[Tensor, "B N D"]:
+        plan = cut(grid, self.window, self.shifted)
+        values = self.project(self._padded(tokens, grid, plan).flatten(1, 2))[2]  # [B, H, M, E]
+        return self.merge(weights @ values, values)
+
+    def local_weights(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B H W L L"]:
+        """The same weights window by window, without the zeros outside; `members` says which cells these are."""
         plan = cut(grid, self.window, self.shifted)
         windows = self._windows(self._padded(tokens, grid, plan), plan)  # [B, W, L, D]
         queries, keys, _ = (
@@ -190,20 +205,23 @@ class WindowAttention(Attention):
         bias, mask = self.relative_bias(plan.window), shift_mask(plan, tokens)
         if mask is not None:
             bias = bias + mask[:, None]  # [W, H, L, L]
-        inside = attention_weights(queries, keys, self.scale, bias).transpose(1, 2)  # [B, H, W, L, L]
-        places = torch.arange(plan.padded.size, device=tokens.device).view(1, *plan.padded, 1)  # [1, h, w, 1]
-        members = self._windows(places, plan)[0, :, :, 0]  # [W, L], which cells of the map a window holds
-        everywhere = inside.new_zeros(inside.shape[0], self.heads, plan.padded.size, plan.padded.size)
-        everywhere[:, :, members[:, :, None], members[:, None, :]] = inside
-        real = places[0, : grid.rows, : grid.columns].flatten()  # [N]
-        return everywhere[:, :, real]
+        return attention_weights(queries, keys, self.scale, bias).transpose(1, 2)  # [B, H, W, L, L]
 
-    def mix(  # type: ignore[override]
-        self, weights: Float[Tensor, "B H N M"], tokens: Float[Tensor, "B N D"], grid: Grid
+    def local_mix(
+        self, weights: Float[Tensor, "B H W L L"], tokens: Float[Tensor, "B N D"], grid: Grid
     ) -> Float[Tensor, "B N D"]:
+        """What `forward` answers, from weights window by window."""
         plan = cut(grid, self.window, self.shifted)
-        values = self.project(self._padded(tokens, grid, plan).flatten(1, 2))[2]  # [B, H, M, E]
-        return self.merge(weights @ values, values)
+        windows = self._windows(self._padded(tokens, grid, plan), plan)  # [B, W, L, D]
+        values = self.project(windows.flatten(0, 1))[2]  # [B * W, H, L, E]
+        mixed = self.merge(weights.transpose(1, 2).flatten(0, 1) @ values, values)  # [B * W, L, D]
+        return self._laid_out(mixed.unflatten(0, (-1, plan.windows)), grid, plan)
+
+    def members(self, grid: Grid, device: torch.device) -> Int[Tensor, "W L"]:
+        """Which cells of the padded map each window holds, row by row."""
+        plan = cut(grid, self.window, self.shifted)
+        places = torch.arange(plan.padded.size, device=device).view(1, *plan.padded, 1)  # [1, h, w, 1]
+        return self._windows(places, plan)[0, :, :, 0]  # [W, L]
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Cut) -> Float[Tensor, "BW H L E"]:
         bias, mask = self.relative_bias(plan.window), shift_mask(plan, queries)
@@ -229,6 +247,11 @@ class WindowAttention(Attention):
         if plan.shift != (0, 0):
             map = torch.roll(map, (-plan.shift.rows, -plan.shift.columns), dims=(1, 2))
         return partition(map, plan.window)
+
+    def _laid_out(self, windows: Float[Tensor, "B W L D"], grid: Grid, plan: Cut) -> Float[Tensor, "B N D"]:
+        """The tokens of windows in the order of the grid, shift and padding undone."""
+        map = torch.roll(reverse(windows, plan.window, plan.padded), tuple(plan.shift), dims=(1, 2))
+        return map[:, : grid.rows, : grid.columns].flatten(1, 2)  # [B, N, D]
 
     def extra_repr(self) -> str:
         return f"window={tuple(self.window)}, shifted={self.shifted}"
