@@ -17,12 +17,15 @@ from vitrail.errors import ConfigError
 from vitrail.jobs.serve import served_names
 from vitrail.runs import ServeRun
 from vitrail.serve.app import make_app
-from vitrail.serve.gate import LOOPBACK, Gate
+from vitrail.serve.gate import LOOPBACK
 from vitrail.serve.house import House
 from vitrail.serve.metrics import Metrics
 from vitrail.serve.protocol import GuardedProtocol
 
 logger = logging.getLogger(__name__)
+
+LOCAL = ("localhost", "127.0.0.1", "::1")
+"""Addresses that only this machine reaches."""
 
 
 def serve(run: ServeRun, ready: Callable[[str], None] = lambda url: None) -> int:
@@ -33,13 +36,11 @@ def serve(run: ServeRun, ready: Callable[[str], None] = lambda url: None) -> int
         ready: called with the service's URL when every model is warm.
 
     Raises:
-        ConfigError: an address that is taken or not allowed, an empty token. What opening a model raises.
+        ConfigError: an address that is taken or not allowed, an unfit token. What opening a model raises.
     """
-    folders = served_names(run.models)
-    token = _token(run)
-    listener = _listener(run, token)
+    service = Service(run)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(_serve(run, folders, token, listener, ready))
+        return runner.run(service.run_until_told(ready))
 
 
 class Server(uvicorn.Server):
@@ -47,78 +48,104 @@ class Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are taken by `_serve`."""
+        """Signals are taken by `Service`."""
         yield
 
 
-async def _serve(
-    run: ServeRun, folders: dict[str, str], token: str, listener: socket.socket, ready: Callable[[str], None]
-) -> int:
-    metrics = Metrics()
-    house = House(run, folders, metrics)
-    config = uvicorn.Config(
-        _gate(run, house, metrics, token),
-        http=GuardedProtocol,
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=30,
-        timeout_graceful_shutdown=max(1, round(run.drain)),
-    )
-    server = Server(config)
+class Service:
+    """One socket with what answers behind it.
 
-    def stop() -> None:
-        if house.draining:
+    Args:
+        run: what to serve, and how. Raises ConfigError for names, tokens and addresses that will not do.
+    """
+
+    def __init__(self, run: ServeRun) -> None:
+        self.run = run
+        self.folders = served_names(run.models)
+        self.token = _token(run)
+        self.listener = _listener(run)
+        self.metrics = Metrics()
+        self.house: House | None = None
+        self.server: Server | None = None
+
+    @property
+    def url(self) -> str:
+        """Where it listens."""
+        host, port = self.listener.getsockname()[:2]
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    async def run_until_told(
+        self, ready: Callable[[str], None] = lambda url: None, signals: bool = True
+    ) -> int:
+        """Open the models, serve until `stop` is called, drain; the exit code. Raises what opening a model raises."""
+        house = self.house = House(self.run, self.folders, self.metrics)
+        server = self.server = self._server(house)
+        if signals:
+            loop = asyncio.get_running_loop()
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(signal.SIGHUP, house.look.set)
+        url = self.url
+        serving = asyncio.create_task(server.serve(sockets=[self.listener]))
+        opening = asyncio.create_task(house.open())
+        try:
+            await asyncio.wait({opening, serving}, return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+                ready(url)
+            await serving
+        finally:
+            server.should_exit = True
+            opening.cancel()
+            await asyncio.gather(opening, serving, return_exceptions=True)
+            await house.close()
+        return self._reckon()
+
+    def stop(self) -> None:
+        """Take no more, answer what was accepted, end. The second time: end at once."""
+        assert self.house is not None and self.server is not None
+        if self.house.draining:
             logger.warning("told twice: leaving at once")
             os._exit(1)
-        house.draining = True
-        server.should_exit = True
+        self.house.draining = True
+        self.server.should_exit = True
         logger.info("stopping: accepted requests are answered first")
 
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
-    loop.add_signal_handler(signal.SIGHUP, house.look.set)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    address = listener.getsockname()
-    try:
-        opening = asyncio.create_task(house.open())
-        await asyncio.wait({opening, serving}, return_when=asyncio.FIRST_COMPLETED)
-        if opening.done():
-            opening.result()
-            ready(f"http://{'[' + address[0] + ']' if ':' in address[0] else address[0]}:{address[1]}")
-        else:
-            opening.cancel()
-            await asyncio.gather(opening, return_exceptions=True)
-        await serving
-    except BaseException:
-        server.should_exit = server.force_exit = True
-        await asyncio.gather(serving, return_exceptions=True)
-        raise
-    finally:
-        await house.close()
-    admitted, finished = (int(counter._value.get()) for counter in (metrics.admitted, metrics.finished))
-    logger.info(
-        "stopped: %d requests accepted, %d of them ended",
-        admitted,
-        finished,
-        extra={"request": {"event": "stopped", "admitted": admitted, "finished": finished}},
-    )
-    return 0 if admitted == finished else 1
+    def _server(self, house: House) -> Server:
+        loopback = self.run.host in LOCAL
+        hosts = (*LOOPBACK, *self.run.allow_host) if loopback else self.run.allow_host
+        config = uvicorn.Config(
+            make_app(house, self.metrics, self.token, tuple(name.lower() for name in hosts)),
+            http=GuardedProtocol,
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=max(1, round(self.run.drain)),
+        )
+        return Server(config)
 
-
-def _gate(run: ServeRun, house: House, metrics: Metrics, token: str) -> Gate:
-    loopback = run.host in ("localhost", "127.0.0.1", "::1")
-    hosts = (*LOOPBACK, *run.allow_host) if loopback else run.allow_host
-    return make_app(house, metrics, token, tuple(name.lower() for name in hosts))
+    def _reckon(self) -> int:
+        """Compare what was let in with what got an answer."""
+        admitted, finished = (
+            int(self.metrics.registry.get_sample_value(f"vitrail_{name}_total") or 0)
+            for name in ("admitted", "finished")
+        )
+        logger.info(
+            "stopped: %d requests accepted, %d of them ended",
+            admitted,
+            finished,
+            extra={"request": {"event": "stopped", "admitted": admitted, "finished": finished}},
+        )
+        return 0 if admitted == finished else 1
 
 
 def _token(run: ServeRun) -> str:
     if run.token_file is None:
-        if run.host not in ("localhost", "127.0.0.1", "::1"):
+        if run.host not in LOCAL:
             raise ConfigError(
                 f"--host {run.host} is reached from other machines, so --token-file is needed; got none."
                 " Leave --host out to serve this machine alone."
@@ -130,7 +157,7 @@ def _token(run: ServeRun) -> str:
     return token[0].strip()
 
 
-def _listener(run: ServeRun, token: str) -> socket.socket:
+def _listener(run: ServeRun) -> socket.socket:
     try:
         found = socket.getaddrinfo(run.host, run.port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(found[0], found[1])

@@ -3,9 +3,9 @@ import { $, element } from "./drawing.js";
 
 const code = (text) => element("code", { textContent: text });
 const row = (cells) => element("tr", {}, cells.map((cell) => element("td", {}, [cell])));
-const table = (heads, rows) => element("table", {}, [
+const table = (heads, rows) => element("div", { className: "scroll", tabIndex: 0 }, [element("table", {}, [
   element("thead", {}, [element("tr", {}, heads.map((head) => element("th", { scope: "col", textContent: head })))]),
-  element("tbody", {}, rows)]);
+  element("tbody", {}, rows)])]);
 
 function kind(schema) {
   const range = "minimum" in schema ? ` ${schema.minimum} to ${schema.maximum}` : "";

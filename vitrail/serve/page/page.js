@@ -137,9 +137,9 @@ function reason(found) {
   if (rows.length) {
     const won = rows.filter((row) => row[3] > Math.max(row[4], row[5])).length;
     parts.push(element("p", { className: "meter" }, [element("strong", { textContent: `${won} of ${rows.length}` }), ` fills: better than a random map and than the middle of the picture.`]));
-    parts.push(element("table", {}, [
-      element("thead", {}, [element("tr", {}, ["fill", "deletion ↓", "insertion ↑", "gap", "random's gap", "centre's gap"].map((name, at) => element("th", { scope: "col", className: at ? "number" : "", textContent: name })))]),
-      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell, at) => element("td", { className: at ? "number" : "", textContent: at ? cell.toFixed(3) : cell })))))]));
+    parts.push(element("div", { className: "scroll", tabIndex: 0 }, [element("table", {}, [
+      element("thead", {}, [element("tr", {}, ["fill", "deletion ↓", "insertion ↑", "gap", "random", "centre"].map((name, at) => element("th", { scope: "col", className: at ? "number" : "", textContent: name })))]),
+      element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell, at) => element("td", { className: at ? "number" : "", textContent: at ? cell.toFixed(3) : cell })))))])]));
   }
   if (found.caution) parts.push(element("p", { className: "note", textContent: `${found.caution[0].toUpperCase()}${found.caution.slice(1)}.` }));
   return element("figure", {}, parts);
