@@ -251,7 +251,7 @@ def test_positions_are_resampled_bilinearly_when_a_file_is_loaded(tmp_path: Path
     tiny().save_pretrained(tmp_path / "model")
     larger = create_model("setr_pup_large", tmp_path / "model", **{**vars(setr.TINY), "img_size": (48, 64)})
     told = [story for name, story in larger.receipt.made if name.endswith("positions.table")]
-    assert told == ["positions resampled from 4x4 to 6x8 (bilinear)"]
+    assert told == ["positions resampled from 4x4 to 6x8 (bilinear-plain)"]
 
 
 def test_takes_other_classes_in_every_head(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ FAMILIES: dict[str, str] = {
     "fcos":    "vitrail.models.fcos",
     "setr":    "vitrail.models.setr",
     "trans2seg": "vitrail.models.trans2seg",
+    "fpn":     "vitrail.models.fpn",
 }  # fmt: skip
 
 

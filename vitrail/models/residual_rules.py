@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from vitrail.weights.adapter import Drop, Rule
 
 BLOCK = "backbone.stages.{s}.blocks.{b}"
@@ -16,6 +18,22 @@ def convolution(conv: str, norm: str, ours: str, fit: str = "") -> tuple[Rule, .
         Rule(f"{conv}.weight", f"{ours}.conv.weight", fit=fit),
         Rule(f"{norm}.{words}", f"{ours}.norm.{words}"),
         Rule(f"{norm}.num_batches_tracked", f"{ours}.norm.num_batches_tracked", default="zeros"),
+    )
+
+
+def stem(conv: str, norm: str, ours: str) -> tuple[Rule, ...]:
+    """One convolution and its norm, or the three of a deep stem, which torch numbers with their norms and ReLUs."""
+    deep = (
+        *convolution(f"{conv}.0", f"{conv}.1", f"{ours}.0", fit="channels"),
+        *convolution(f"{conv}.3", f"{conv}.4", f"{ours}.1"),
+        *convolution(f"{conv}.6", norm, f"{ours}.2"),
+    )
+    return (
+        *(
+            dataclasses.replace(rule, when="!deep")
+            for rule in convolution(conv, norm, f"{ours}.0", fit="channels")
+        ),
+        *(dataclasses.replace(rule, when="deep") for rule in deep),
     )
 
 

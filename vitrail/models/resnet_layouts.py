@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vitrail.models.residual_rules import DROPPED, blocks, convolution, linear
+from vitrail.models.residual_rules import DROPPED, blocks, convolution, linear, stem
 from vitrail.weights.adapter import Drop, Layout
 
 if TYPE_CHECKING:
     from vitrail.models.resnet import Config
 
-STEM = "backbone.stem.layers.0"
+STEM = "backbone.stem.layers"
 
 
 def context(config: Config) -> dict[str, Any]:
     """What the rules must know of a configuration."""
-    return {"frozen": config.norm == "frozen"}
+    return {"frozen": config.norm == "frozen", "deep": config.stem == "deep"}
 
 
 def timm_config(name: str, config: Config) -> dict[str, Any]:
@@ -33,7 +33,7 @@ TORCHVISION = Layout(
     signature=("layer1.0.conv1.weight", "bn1.weight"),
     prefixes=("model.", "backbone.0.body.", "backbone."),
     rules=(
-        *convolution("conv1", "bn1", STEM, fit="channels"),
+        *stem("conv1", "bn1", STEM),
         *blocks("layer{s+1}.{b}"),
         linear("fc"),
     ),
@@ -46,7 +46,7 @@ MMPRETRAIN = Layout(
     signature=("layer1.0.conv1.weight", "head.fc.weight"),
     prefixes=("backbone.",),
     rules=(
-        *convolution("backbone.conv1", "backbone.bn1", STEM, fit="channels"),
+        *convolution("backbone.conv1", "backbone.bn1", f"{STEM}.0", fit="channels"),
         *blocks("backbone.layer{s+1}.{b}"),
         linear("head.fc"),
     ),

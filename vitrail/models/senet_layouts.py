@@ -6,10 +6,9 @@ them (stride, max-pool). Each layout therefore says which configuration its file
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
-from vitrail.models.residual_rules import BLOCK, DROPPED, blocks, convolution, linear
+from vitrail.models.residual_rules import BLOCK, DROPPED, blocks, convolution, linear, stem
 from vitrail.weights.adapter import Drop, Layout, Rule
 
 if TYPE_CHECKING:
@@ -43,10 +42,6 @@ def _gates(theirs: str, first: str = "fc1", second: str = "fc2") -> tuple[Rule, 
     )
 
 
-def _when(rules: tuple[Rule, ...], when: str) -> tuple[Rule, ...]:
-    return tuple(dataclasses.replace(rule, when=when) for rule in rules)
-
-
 TIMM = Layout(
     name="timm",
     signature=("layer1.0.conv1.weight", "layer1.0.se.fc1.weight"),
@@ -54,10 +49,7 @@ TIMM = Layout(
     requires="as_timm",
     meaning="has a padded max-pool and the stride in the 3 x 3: take seresnet50 and its like",
     rules=(
-        *_when(convolution("conv1", "bn1", f"{STEM}.0", fit="channels"), "!deep"),
-        *_when(convolution("conv1.0", "conv1.1", f"{STEM}.0", fit="channels"), "deep"),
-        *_when(convolution("conv1.3", "conv1.4", f"{STEM}.1"), "deep"),
-        *_when(convolution("conv1.6", "bn1", f"{STEM}.2"), "deep"),
+        *stem("conv1", "bn1", STEM),
         *blocks("layer{s+1}.{b}"),
         *_gates("layer{s+1}.{b}.se"),
         linear("fc"),

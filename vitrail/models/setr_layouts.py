@@ -30,7 +30,7 @@ def context(config: Config) -> dict[str, Any]:
     return {
         "grid": (config.img_size[0] // patch[0], config.img_size[1] // patch[1]),
         "prefix": 1,
-        "resample": "bilinear",
+        "resample": "bilinear-plain",
         "mla": config.decoder == "mla",
         "alone": not config.auxiliary,
         f"convs{len(config.growth)}": True,

@@ -166,3 +166,20 @@ def init_masks(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if module.bias is not None:
             nn.init.zeros_(module.bias)
+
+
+def init_trans2seg(model: nn.Module) -> None:
+    """Trans2Seg: the transformer N(0, 0.02), its biases 0, positions, class token and queries N(0, 0.02); the
+    convolutional head as other segmenters'; the last convolution keeps torch's default."""
+    score = model.head.score  # type: ignore[union-attr]
+    init_masks(model)
+    score.reset_parameters()  # type: ignore[operator, union-attr]
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear) or name == "head.encoder.entry.patches.proj"
+        if linear and not name.startswith("backbone."):
+            nn.init.trunc_normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if name.startswith("head.") and (name.endswith(("positions.table", "queries")) or ".prefix." in name):
+            nn.init.trunc_normal_(parameter, std=0.02)

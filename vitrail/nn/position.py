@@ -18,7 +18,7 @@ from vitrail.errors import ModelError
 from vitrail.nn.shapes import Grid
 
 PositionKind = Literal["learned", "sincos1d", "sincos2d", "none"]
-Resampling = Literal["bicubic", "bilinear"]
+Resampling = Literal["bicubic", "bilinear", "aligned"]
 
 
 def resample_table(
@@ -26,7 +26,8 @@ def resample_table(
 ) -> Float[Tensor, "one M D"]:
     """A table of positions at another grid, in float32; prefix rows are left alone.
 
-    "bicubic" is antialiased (timm), "bilinear" is not (PVT).
+    "bicubic" is antialiased (timm), "bilinear" is not (PVT), nor "aligned", which is bilinear with the corner
+    cells staying in the corners (Trans2Seg).
     """
     if torch.compiler.is_exporting():
         return _resampled_by_products(table, old, new, prefix, method)
@@ -34,8 +35,10 @@ def resample_table(
         return table
     head, body = table[:, :prefix], table[:, prefix:]
     image = body.float().transpose(1, 2).unflatten(2, tuple(old))  # [1, D, h, w]
-    antialias = method == "bicubic"
-    image = F.interpolate(image, size=tuple(new), mode=method, antialias=antialias, align_corners=False)
+    aligned, mode = method == "aligned", "bilinear" if method == "aligned" else method
+    image = F.interpolate(
+        image, size=tuple(new), mode=mode, antialias=method == "bicubic", align_corners=aligned
+    )
     return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # [1, P + h' * w', D]
 
 
@@ -58,13 +61,17 @@ def resampling_matrix(
     """How much each of `old` cells in a row counts in each of `new` ones; rows sum to one.
 
     "bicubic" is Keys' kernel with a = -1/2, widened where cells grow (antialiasing), cut off and normalised at
-    the ends; "bilinear" is neither widened nor cut off: places beyond the last cell's middle take that cell.
+    the ends; "bilinear" is neither widened nor cut off: places beyond the last cell's middle take that cell;
+    "aligned" puts the last cells' middles on each other.
     """
     places = torch.arange(new, device=device, dtype=torch.float32)  # [M]
     scale = old / torch.ones_like(places).sum()  # counted, not read: in an exported graph `new` may be free
     middles, cells = (places + 0.5) * scale, torch.arange(old, device=device, dtype=torch.float32) + 0.5
     if method == "bilinear":
         middles = middles.clamp(0.5, old - 0.5)
+    elif method == "aligned":
+        middles = places * (old - 1) / (torch.ones_like(places).sum() - 1).clamp(min=1) + 0.5
+    if method != "bicubic":
         return (1 - (cells - middles[:, None]).abs()).clamp(min=0)  # [M, N]
     away = (cells - middles[:, None]).abs() / scale.clamp(min=1)  # [M, N]
     near = (1.5 * away - 2.5) * away * away + 1
