@@ -28,6 +28,8 @@ from vitrail.nn.masks import FpnHead, MapNorm
 from vitrail.weights.adapter import Layout
 from vitrail.weights.card import Card, Preprocessing
 
+TASK = "image-segmentation"
+
 RENAMES: tuple[Layout, ...] = own_layout("head.linear")
 
 
@@ -124,7 +126,7 @@ TINY = Config(
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
-        task="image-segmentation",
+        task=TASK,
         preprocessing=Preprocessing(
             input_size=config.img_size,
             mean=(0.485, 0.456, 0.406),

@@ -34,6 +34,8 @@ from vitrail.nn.position import LearnedPosition
 from vitrail.nn.trunk import Trunk
 from vitrail.weights.card import Card, Preprocessing
 
+TASK = "image-segmentation"
+
 Decoder = Literal["naive", "pup", "mla"]
 
 
@@ -213,7 +215,7 @@ TINY = Config(
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
-        task="image-segmentation",
+        task=TASK,
         preprocessing=Preprocessing(
             input_size=config.img_size,
             mean=(0.485, 0.456, 0.406),

@@ -35,6 +35,8 @@ from vitrail.nn.shapes import Grid
 from vitrail.nn.trunk import Stage
 from vitrail.weights.card import Card, Preprocessing
 
+TASK = "image-segmentation"
+
 EPS = 1e-5
 """Added to the variance in every layer norm."""
 
@@ -144,7 +146,7 @@ TINY = Config(
 CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
-        task="image-segmentation",
+        task=TASK,
         preprocessing=Preprocessing(
             input_size=config.img_size,
             mean=(0.485, 0.456, 0.406),
