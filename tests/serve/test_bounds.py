@@ -167,7 +167,8 @@ def test_tensors_are_checked_before_they_are_made(service: Running) -> None:
     assert infer(one()).status == 200
     for fields in (
         {"name": "pixel"}, {"datatype": "FP32"}, {"shape": [3, 32, 32]}, {"shape": [1, 3, 32, -32]},
-        {"shape": [2**31, 3, 32, 32]}, {"shape": [True, 3, 32, 32]}, {"shape": "x"}, {"data": [0] * 3071}, {"data": [256] * 3072},
+        {"shape": [2**31, 3, 32, 32]}, {"shape": [True, 3, 32, 32]}, {"shape": "x"}, {"data": [0] * 3071},
+        {"data": [256] * 3072},
         {"data": [0.5] * 3072}, {"data": None}, {"parameters": {"binary_data_size": 3072}}, {"shape": [2, 3, 32, 32]},
     ):  # fmt: skip
         answer = infer(one(**fields))

@@ -7,8 +7,11 @@ import copy
 import dataclasses
 import io
 import logging
+import shutil
+import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,7 +94,12 @@ class Served:
     ) -> None:
         self.name, self.folder = name, folder
         self.stamp = stamp(folder)
-        self.predictor = Predictor(folder, precision=precision, device=device, batch_size=batch_size)
+        self.copy = tempfile.mkdtemp(prefix="vitrail-serve-")
+        weakref.finalize(self, shutil.rmtree, self.copy, ignore_errors=True)
+        # Weights stay mapped from their file. If somebody wrote over that, or cut it short, the pages behind the
+        # mapping would change under the service, or be gone, and the system would end it (SIGBUS).
+        shutil.copytree(model_folder(folder), self.copy, dirs_exist_ok=True)
+        self.predictor = Predictor(self.copy, precision=precision, device=device, batch_size=batch_size)
         self.card = self.predictor.engine.card
         self.labels = self.predictor.labels
         self.version = (self.card.sha256 or self.stamp)[:12]
@@ -178,10 +186,7 @@ class Served:
         with self._lock:
             if self._explainer is None:
                 network = getattr(self.predictor.engine, "network", None)
-                made = Explainer(self.folder if network is None else copy.deepcopy(network), device="auto")
-                if made.engine.card.sha256 != self.card.sha256:
-                    raise VitrailError(f"{self.name} has been replaced on disk; ask again.")
-                self._explainer = made
+                self._explainer = Explainer(self.copy if network is None else copy.deepcopy(network))
             return self._explainer
 
     def explain(self, seen: Seen, wish: Wish) -> dict[str, Any]:

@@ -1,0 +1,253 @@
+"""Queues under load: full, late, left; and decoders that die."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import os
+import shutil
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.serve.service import Running, picture, running, save_model
+from vitrail.jobs.serve import Warmth
+from vitrail.serve.admission import Admission
+from vitrail.serve.batcher import Batcher, Engine
+from vitrail.serve.refusals import Refusal
+
+
+class Slow:
+    """A model whose answer is its input's mean, given after a while; it remembers its batches."""
+
+    name = "slow"
+
+    def __init__(self, sizes: tuple[int, ...], seconds: float = 0.0) -> None:
+        self.warmth = Warmth(sizes, 0.0, dict.fromkeys(sizes, 0.01))
+        self.seconds = seconds
+        self.batches: list[int] = []
+        self.fails = False
+
+    def logits(self, batch: list[Any]) -> Any:
+        self.batches.append(len(batch))
+        time.sleep(self.seconds)
+        if self.fails:
+            raise RuntimeError("told to")
+        return np.stack([np.array([item.mean()]) for item in batch])
+
+
+async def batcher_of(model: Slow) -> tuple[Batcher, ThreadPoolExecutor]:
+    pool = ThreadPoolExecutor(1)
+    return Batcher(model, Engine(pool), lambda stage, value: None), pool  # type: ignore[arg-type]
+
+
+def pixels(value: int) -> Any:
+    return np.full((3, 2, 2), value, dtype=np.uint8)
+
+
+def test_batches_grow_while_the_engine_is_busy_and_are_of_the_sizes_allowed() -> None:
+    async def go() -> None:
+        model = Slow((1, 4), 0.02)
+        batcher, pool = await batcher_of(model)
+        later = time.monotonic() + 60
+        found = await asyncio.gather(*(batcher.submit(pixels(value), later) for value in range(11)))
+        assert [float(row[0]) for row in found] == list(range(11))
+        assert set(model.batches) <= {1, 4} and 4 in model.batches
+        await batcher.close()
+        pool.shutdown()
+
+    asyncio.run(go())
+
+
+def test_nothing_late_or_left_enters_a_batch() -> None:
+    async def go() -> None:
+        model = Slow((1,), 0.2)
+        batcher, pool = await batcher_of(model)
+        now = time.monotonic()
+        first = asyncio.create_task(batcher.submit(pixels(1), now + 60))
+        await asyncio.sleep(0.05)
+        late = asyncio.create_task(batcher.submit(pixels(2), now + 0.1))
+        left = asyncio.create_task(batcher.submit(pixels(3), now + 60))
+        last = asyncio.create_task(batcher.submit(pixels(4), now + 60))
+        await asyncio.sleep(0.01)
+        left.cancel()
+        assert float((await first)[0]) == 1 and float((await last)[0]) == 4
+        with pytest.raises(Refusal) as told:
+            await late
+        assert told.value.code == "deadline"
+        assert model.batches == [1, 1]
+        await batcher.close()
+        pool.shutdown()
+
+    asyncio.run(go())
+
+
+def test_a_batch_that_fails_fails_alone() -> None:
+    async def go() -> None:
+        model = Slow((1,))
+        batcher, pool = await batcher_of(model)
+        later = time.monotonic() + 60
+        model.fails = True
+        with pytest.raises(Refusal, match="failed"):
+            await batcher.submit(pixels(1), later)
+        model.fails = False
+        assert float((await batcher.submit(pixels(2), later))[0]) == 2
+        await batcher.close()
+        pool.shutdown()
+
+    asyncio.run(go())
+
+
+def test_the_house_is_bounded_in_pictures_and_bytes() -> None:
+    house = Admission(4, 1000, lambda: 2.0)
+    tickets = [house.enter(1, 300) for _ in range(3)]
+    with pytest.raises(Refusal) as told:
+        house.enter(1, 300)
+    assert (told.value.code, told.value.retry_after) == ("full", 6)
+    with pytest.raises(Refusal):
+        tickets[0].resize(3, 300)
+    tickets[0].resize(2, 10)
+    for ticket in tickets * 2:
+        ticket.release()
+    assert (house.images, house.bytes) == (0, 0)
+
+
+@pytest.fixture
+def small(folders: tuple[Path, Path]) -> Iterator[Running]:
+    """A service that holds few pictures."""
+    with running(str(folders[0]), queue_images=4, decoders=2, decode_seconds=2.0) as found:
+        yield found
+
+
+def held(service: Running) -> threading.Event:
+    """Keeps the engine busy until the event is set."""
+    free = threading.Event()
+    logits = service.house.places["first"].version.served.logits
+
+    def wait(batch: Any) -> Any:
+        free.wait(30)
+        return logits(batch)
+
+    service.house.places["first"].version.served.logits = wait
+    return free
+
+
+def until(condition: Any, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to pass"
+        time.sleep(0.01)
+
+
+def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(small: Running) -> None:
+    free = held(small)
+    inside = small.house.places["first"].admission
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(small.predict, picture(seed)) for seed in range(4)]
+        until(lambda: inside.images == 4)
+        begun = time.monotonic()
+        refused = [small.predict(picture()) for _ in range(5)]
+        assert time.monotonic() - begun < 2
+        assert {(answer.status, answer.json["code"]) for answer in refused} == {(503, "full")}
+        assert all(int(answer.headers["retry-after"]) >= 1 for answer in refused)
+        assert small.ask("GET", "/health/ready").status == 200
+        free.set()
+        assert [one.result().status for one in waiting] == [200] * 4
+    until(lambda: inside.images == 0 and inside.bytes == 0)
+    statuses = Counter(
+        {status: small.count("requests_total", route="/predict", status=status) for status in ("200", "503")}
+    )
+    assert statuses == {"200": 4, "503": 5}
+    assert small.count("admitted_total") == small.count("finished_total") == 4
+
+
+def test_deadlines_and_clients_that_leave(small: Running) -> None:
+    free = held(small)
+    inside = small.house.places["first"].admission
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(small.predict, picture())
+        until(lambda: inside.images == 1)
+        late = small.predict(picture(), "?deadline_ms=100")
+        assert (late.status, late.json["code"]) == (504, "deadline")
+        gone = http.client.HTTPConnection("127.0.0.1", small.port)
+        gone.request("POST", "/predict", picture())
+        until(lambda: inside.images == 2)
+        gone.close()
+        until(lambda: inside.images == 1)
+        free.set()
+        assert first.result().status == 200
+    until(lambda: small.count("finished_total") == small.count("admitted_total"))
+    assert small.count("requests_total", route="/predict", status="499") == 1
+    assert small.count("batch_images_sum") == 1  # neither of the two was computed
+
+
+def test_a_killed_decoder_costs_its_own_request_one_503(small: Running) -> None:
+    processes = small.house.decoders.processes
+    until(lambda: len(processes) == 2)
+    before = dict(processes)
+    os.kill(before[0], signal.SIGSTOP)
+    os.kill(before[1], signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(small.predict, picture(seed)) for seed in range(2)]
+        time.sleep(0.3)
+        os.kill(before[0], signal.SIGKILL)
+        until(lambda: any(one.done() for one in asked))
+        os.kill(before[1], signal.SIGCONT)
+        answers = sorted(one.result().status for one in asked)
+    assert answers == [200, 503]
+    until(lambda: len(processes) == 2)
+    assert before[0] not in processes.values() and before[1] in processes.values()
+    assert [small.predict(picture(seed)).status for seed in range(4)] == [200] * 4
+    assert small.count("decoder_restarts_total") == 1
+
+
+def test_an_idle_decoder_that_is_killed_costs_nothing(small: Running) -> None:
+    for process in dict(small.house.decoders.processes).values():
+        os.kill(process, signal.SIGKILL)
+    until(lambda: small.count("decoder_restarts_total") == 2)
+    assert small.predict(picture()).status == 200
+
+
+def test_a_changed_folder_is_taken_over_and_a_corrupt_one_is_not(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", 0)
+    other = save_model(tmp_path / "other", 1)
+    with running(f"it={folder}") as service:
+        first = service.predict(picture()).json
+        (folder / "model.safetensors").write_bytes(b"\0" * 1000)
+        until(lambda: service.count("swaps_total", model="it", outcome="refused") == 1)
+        assert service.predict(picture()).json == first
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(other / name, folder / f".{name}")
+            os.replace(folder / f".{name}", folder / name)
+        until(lambda: service.count("swaps_total", model="it", outcome="taken") == 1)
+        second = service.predict(picture()).json
+        assert second["version"] != first["version"] and second["results"] != first["results"]
+
+
+def test_a_stop_answers_what_was_let_in_and_refuses_the_rest(folders: tuple[Path, Path]) -> None:
+    with running(str(folders[0])) as service:
+        free = held(service)
+        open_connection = http.client.HTTPConnection("127.0.0.1", service.port)
+        open_connection.request("GET", "/health/ready")
+        assert open_connection.getresponse().read() and True
+        with ThreadPoolExecutor(1) as pool:
+            let_in = pool.submit(service.predict, picture())
+            until(lambda: service.house.places["first"].admission.images == 1)
+            service.call(service.service.stop)
+            try:
+                open_connection.request("GET", "/health/ready")
+                answer = open_connection.getresponse()
+                assert answer.status == 503 and answer.getheader("connection") == "close"
+            except (ConnectionError, http.client.HTTPException):
+                pass  # it may have been closed already: nothing was let in
+            free.set()
+            assert let_in.result().status == 200
+        open_connection.close()
