@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Precision = Literal["auto", "fp32", "bf16"]
+EnginePrecision = Literal["auto", "fp32", "bf16", "int8"]
+EngineName = Literal["auto", "torch", "compiled", "onnxruntime", "openvino"]
 Format = Literal["table", "json"]
 
 
@@ -159,7 +161,7 @@ class EvaluateRun:
     """Score a model on labelled images."""
 
     model: str
-    """Model folder, or run folder."""
+    """Model folder, run folder, or exported file."""
     data: tuple[str, ...]
     """Labelled images: folders, archives, a .csv, or the word digits."""
     split: Literal["auto", "train", "val", "test"] = "auto"
@@ -176,8 +178,10 @@ class EvaluateRun:
     """Images in one batch."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Precision = "auto"
-    """auto takes bf16 where the chip computes in it."""
+    precision: EnginePrecision = "auto"
+    """auto takes bf16 where the chip computes in it; int8 takes what export --int8 made."""
+    engine: EngineName = "auto"
+    """What computes; auto takes the quickest that was measured here, and says so."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -187,7 +191,7 @@ class PredictRun:
     """Say what is in images."""
 
     model: str
-    """Model folder, or run folder."""
+    """Model folder, run folder, or exported file."""
     images: tuple[str, ...]
     """Image files, folders of them, or patterns."""
     top_k: int = 5
@@ -204,8 +208,10 @@ class PredictRun:
     """Images in one batch."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    precision: Precision = "auto"
-    """auto takes bf16 where the chip computes in it."""
+    precision: EnginePrecision = "auto"
+    """auto takes bf16 where the chip computes in it; int8 takes what export --int8 made."""
+    engine: EngineName = "auto"
+    """What computes; auto takes the quickest that was measured here, and says so."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -296,6 +302,34 @@ class ConvertRun:
     """Layout of the result: vitrail (a model folder), timm, transformers ..."""
     model: str | None = None
     """Name of the network, when the weights alone do not tell."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRun:
+    """Write a model as one file for other programs, and prove on real pictures that it answers the same."""
+
+    model: str
+    """Model folder, or run folder."""
+    format: Literal["onnx", "openvino", "torch", "triton"] = "onnx"
+    """onnx: one file. openvino: a folder. torch: a torch.export program. triton: a model repository."""
+    output: str | None = None
+    """File or folder to write; by default export/MODEL with the format's ending."""
+    data: tuple[str, ...] = ()
+    """Pictures for the proof, labelled or not; by default cuttings of two photographs that are always there."""
+    samples: int = 256
+    """Pictures of the data that the proof looks at (0 = all)."""
+    int8: bool = False
+    """Quantise to int8 after training; needs pictures like those that the model will see."""
+    calibrate: tuple[str, ...] = ()
+    """Pictures for the calibration of int8, training pictures best."""
+    calibration_samples: int = 300
+    """Pictures of them that are used."""
+    report: Format = "table"
+    """How the proof is printed."""
+    free_size: bool = True
+    """Leave height and width free where the network allows it; without, engines can compute more ahead."""
+    seed: int = 0
+    """Seed of the choice of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -41,6 +41,7 @@ COMMANDS = (
     Command("inspect", "InspectRun", ("model", "images"), "draw the figures of the papers for your own model"),
     Command("models", "ModelsRun", ("pattern",), "list the networks: parameters, GFLOPs, input size"),
     Command("info", "InfoRun", ("model",), "show the card of a network, model folder or weight file"),
+    Command("export", "ExportRun", ("model",), "write a model as ONNX, OpenVINO, torch or for Triton, with proof"),
     Command("convert", "ConvertRun", ("source", "target"), "bring weights from one layout into another"),
     Command("data check", "DataCheckRun", ("data",), "find what is wrong with a data set"),
     Command("bench", "BenchRun", ("model",), "measure speed, memory, parameters and FLOPs"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vitrail.cli import show
 from vitrail.cli.explaining import explain as explain
 from vitrail.cli.explaining import inspect as inspect
+from vitrail.cli.exporting import export as export
 from vitrail.cli.predicting import predict as predict
 from vitrail.cli.serving import serve as serve
 

@@ -1,0 +1,165 @@
+"""Which engine: measured on this machine, on this model, once, and written down beside the graph.
+
+Nothing is prepared for a handful of pictures: where torch would be done within `WORTH` seconds, torch it is. An
+engine counts only if its logits agree with torch's on real photographs, within the bounds of its precision.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitrail.data.sample import photographs
+from vitrail.data.transforms import Preprocess
+from vitrail.engines.prepare import Shelf
+from vitrail.errors import VitrailError
+from vitrail.export.parity import BOUNDS, Proof, prove
+
+logger = logging.getLogger(__name__)
+
+QUICK = ("openvino", "onnxruntime")
+"""Engines that need a prepared graph, the one that is more often the quicker first."""
+
+WORTH = 60.0
+"""Seconds of work on torch above which preparing a graph (10 to 40 s) and measuring is tried."""
+
+GAIN = 1.05
+"""How much quicker than torch an engine must be to be chosen."""
+
+LOOKS = 16
+"""Photographs on which engines are held against torch."""
+
+
+def installed() -> list[str]:
+    """The quick engines whose packages are here."""
+    found = []
+    for name in QUICK:
+        try:
+            version(name)
+            found.append(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def circumstances(precision: str, batch_size: int) -> str:
+    """What a measurement holds for: another machine, thread count, batch, precision or version asks again."""
+    versions = " ".join(f"{name}-{version(name)}" for name in installed())
+    return (
+        f"{platform.machine()} {platform.processor()} {torch.get_num_threads()} threads, batch"
+        f" {batch_size}, {precision}, torch-{torch.__version__} {versions}"
+    )
+
+
+def open_prepared(shelf: Shelf, name: str, precision: str, network: Any = None) -> Any:
+    """A quick engine on the shelf's graph, which is made if it is not there."""
+    graph = shelf.prepare(network)
+    if name == "openvino":
+        from vitrail.engines.openvino import OpenVinoEngine
+
+        return OpenVinoEngine(graph, precision=precision, cache=graph.parent / "openvino")
+    from vitrail.engines.onnx import OnnxEngine
+
+    return OnnxEngine(graph)
+
+
+def remembered(shelf: Shelf, precision: str) -> tuple[str, str] | None:
+    """The engine that was the quickest here before, at whatever batch, and why; None where nobody knows."""
+    if shelf.graph() is None:
+        return None
+    for known, row in reversed(shelf.note().items()):
+        batch = row.get("batch", 0)
+        if known == circumstances(precision, batch) and row.get("chosen") in (*QUICK, "torch"):
+            return str(row["chosen"]), str(row["why"])
+    return None
+
+
+def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch_size: int) -> Any:
+    """The quickest engine that agrees with torch, opened; what was found is written down.
+
+    Returns the torch engine itself where none is quicker.
+    """
+    candidates: dict[str, Any] = {"torch": torch_engine}
+    proofs: dict[str, Proof] = {}
+    for name in installed():
+        try:
+            engine = open_prepared(shelf, name, precision, network)
+            proofs[name] = check(torch_engine, engine, shelf)
+        except Exception as error:
+            logger.warning("engine %s cannot be used here: %s", name, _line(error))
+            continue
+        if proofs[name].passed:
+            candidates[name] = engine
+        else:
+            logger.warning("engine %s is left out: %s", name, "; ".join(proofs[name].failures))
+    rates = speeds(candidates, _example(shelf, batch_size))
+    best = max(rates, key=lambda name: rates[name])
+    chosen = best if rates[best] >= GAIN * rates["torch"] else "torch"
+    others = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items() if name != chosen)
+    why = f"{rates[chosen]:.1f} images/s here at batch {batch_size}" + (f" ({others})" if others else "")
+    if chosen in proofs:
+        why += f"; logits agree with torch to {proofs[chosen].logits_max:.0e}"
+    row = {"chosen": chosen, "why": why, "batch": batch_size, "rates": rates}
+    row["proofs"] = {name: proof.to_dict() for name, proof in proofs.items()}
+    shelf.keep({circumstances(precision, batch_size): row})
+    logger.info("engine %s, %s: %s", chosen, candidates[chosen].precision, why)
+    return candidates[chosen]
+
+
+def check(reference: Any, engine: Any, shelf: Shelf) -> Proof:
+    """How far an engine strays from another on real photographs."""
+    prepare = Preprocess(shelf.card.preprocessing)
+    images = photographs(LOOKS)
+    # torch itself in bfloat16 is no measure for others: bounds are those of the looser precision of the two
+    precision = "bf16" if "bf16" in (reference.precision, engine.precision) else engine.precision
+
+    def answer(through: Any) -> Any:
+        def logits(pictures: Sequence[Tensor]) -> Tensor:
+            found: Tensor = through(torch.stack([prepare(picture) for picture in pictures]))
+            return found
+
+        return logits
+
+    return prove(
+        answer(reference), answer(engine), [(images, None)], precision=precision, pictures="photographs",
+        bounds=BOUNDS[precision],
+    )  # fmt: skip
+
+
+def speeds(engines: dict[str, Any], images: Tensor, rounds: int = 3) -> dict[str, float]:
+    """Images a second of each, best of some rounds in turns."""
+    times: dict[str, list[float]] = {name: [] for name in engines}
+    for turn in range(rounds + 1):
+        for name, engine in engines.items():
+            started = time.perf_counter()
+            engine(images)
+            if turn:  # the first round warms up
+                times[name].append(time.perf_counter() - started)
+    return {name: len(images) / min(kept) for name, kept in times.items()}
+
+
+def seconds_on(engine: Any, shelf: Shelf, images: int, batch_size: int) -> float:
+    """About how long an engine takes for so many pictures."""
+    one = _example(shelf, min(batch_size, images, 4))
+    engine(one[:1])
+    started = time.perf_counter()
+    engine(one)
+    return images / len(one) * (time.perf_counter() - started)
+
+
+def _example(shelf: Shelf, batch_size: int) -> Tensor:
+    prepare = Preprocess(shelf.card.preprocessing)
+    pictures = photographs(LOOKS)
+    return torch.stack([prepare(pictures[number % LOOKS]) for number in range(batch_size)])
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if isinstance(error, VitrailError) else f"{type(error).__name__}: {text[:200]}"

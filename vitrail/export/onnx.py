@@ -1,0 +1,124 @@
+"""The ONNX file: one file with weights and card; of a model above 2 GB, the weights lie beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vitrail.errors import ConfigError
+from vitrail.export.label import KEY, Label
+from vitrail.export.program import Program
+from vitrail.export.wrap import OUTPUTS
+
+logger = logging.getLogger(__name__)
+
+LARGEST = 1_900_000_000
+"""Bytes of weights that go into one file; protobuf ends at 2 GiB."""
+
+
+def write_onnx(program: Program, path: Path, label: Label) -> None:
+    """Translate a program and write it, with its label inside.
+
+    Raises ConfigError where the packages are missing.
+    """
+    require("onnx", "onnxscript", extra="onnx")
+    import torch
+
+    sizes = {0: "batch", 2: "rows", 3: "columns"}
+    with quiet():
+        made: Any = torch.onnx.export(
+            program.exported,
+            (program.example,),
+            dynamo=True,
+            optimize=True,
+            verbose=False,
+            input_names=["images"],
+            output_names=list(OUTPUTS),
+        )
+    model = made.model
+    model.metadata_props[KEY] = label.to_text()
+    _name_sizes(model, sizes, program.free_size)
+    weights = sum(
+        value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
+    )
+    made.save(str(path), external_data=weights > LARGEST)
+
+
+def read_label(path: Path) -> Label:
+    """The label of a file. Raises WeightsError where there is none."""
+    return Label.from_text(read_properties(path).get(KEY, ""), str(path))
+
+
+def read_properties(path: Path) -> dict[str, str]:
+    """The metadata properties, read without the weights where onnx is not installed: through ONNX Runtime."""
+    require("onnx", extra="onnx")
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def relabel(path: Path, label: Label) -> None:
+    """Put another label into a file; the graph and the weights stay as they are."""
+    import onnx
+
+    model = onnx.load(str(path), load_external_data=False)
+    kept = [entry for entry in model.metadata_props if entry.key != KEY]
+    del model.metadata_props[:]
+    model.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value=label.to_text())])
+    onnx.save(model, str(path))
+
+
+def require(*packages: str, extra: str) -> None:
+    """Raises ConfigError, with the extra that brings them, where packages are missing."""
+    from importlib.util import find_spec
+
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} is not installed, and this needs it: pip install 'vitrail[{extra}]'."
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """What exporters say while they work is for their authors: deprecations, progress, telemetry."""
+    from_libraries = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "nncf", "onnx_ir")]
+    before = [log.level for log in from_libraries]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for log in from_libraries:
+            log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for log, level in zip(from_libraries, before, strict=True):
+                log.setLevel(level)
+
+
+def _name_sizes(model: Any, names: dict[int, str], free_size: bool) -> None:
+    """Give the free sizes of the input words for names, in place of the tracer's numbers."""
+    entry = model.graph.inputs[0]
+    old = {str(size): names[place] for place, size in enumerate(entry.shape) if not isinstance(size, int)}
+    if len(set(old)) != (3 if free_size else 1):
+        return
+    values = [entry, *model.graph.outputs]
+    for value in values:
+        if value.shape is None:
+            continue
+        for place, size in enumerate(value.shape):
+            if str(size) in old:
+                value.shape[place] = old[str(size)]
+
+
+def remove(path: Path) -> None:
+    """Remove a file and the weights beside it."""
+    for place in (path, path.with_name(path.name + ".data")):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(place)

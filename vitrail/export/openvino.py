@@ -1,0 +1,50 @@
+"""The OpenVINO folder: model.xml, model.bin, and the card in the model's rt_info.
+
+Made from the ONNX graph by the runtime's own reader. (The converter of the `openvino` package would read the
+program directly, but it reports its use over the network.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from vitrail.export.label import KEY, Label
+from vitrail.export.onnx import require
+
+MODEL = "model.xml"
+"""The file of the graph; the weights are model.bin beside it."""
+
+
+def from_onnx(path: Path) -> Any:
+    """The openvino.Model of an ONNX file."""
+    require("openvino", extra="openvino")
+    import openvino
+
+    return openvino.Core().read_model(str(path))
+
+
+def write_openvino(model: Any, folder: Path, label: Label) -> None:
+    """Write an openvino.Model into a folder, with its label inside."""
+    require("openvino", extra="openvino")
+    import openvino
+
+    folder.mkdir(parents=True, exist_ok=True)
+    model.set_rt_info(label.to_text(), [KEY])
+    openvino.save_model(model, str(folder / MODEL), compress_to_fp16=False)
+
+
+def read_label(folder: Path) -> Label:
+    """The label of a folder. Raises WeightsError where there is none."""
+    require("openvino", extra="openvino")
+    import openvino
+
+    return label_of(openvino.Core().read_model(str(folder / MODEL)), folder)
+
+
+def label_of(model: Any, where: Path) -> Label:
+    """The label inside an openvino.Model, whether it was read from a folder or from an ONNX file."""
+    for place in ([KEY], ["framework", KEY]):
+        if model.has_rt_info(place):
+            return Label.from_text(str(model.get_rt_info(place).value), str(where))
+    return Label.from_text("", str(where))

@@ -1,0 +1,68 @@
+"""A model repository for NVIDIA Triton: ONNX, dynamic batching, class names.
+
+NAME/config.pbtxt      what goes in and comes out, and how requests are batched
+NAME/labels.txt        class names, one a line, so that Triton's classification extension answers in words
+NAME/1/model.onnx      the graph; clients send uint8 at the model's size
+NAME/vitrail.json      the card, for clients that resize as the model wants it
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from vitrail.export.label import Label
+from vitrail.export.wrap import OUTPUTS
+
+GRAPH = Path("1") / "model.onnx"
+
+
+def write_triton(onnx: Path, folder: Path, label: Label, *, batch: int = 32, delay: int = 2000) -> None:
+    """Lay out the repository of one model around an ONNX file, which is copied.
+
+    batch: the largest batch that Triton builds; delay: microseconds that a request waits for others.
+    """
+    (folder / "1").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(onnx, folder / GRAPH)
+    beside = onnx.with_name(onnx.name + ".data")
+    if beside.exists():
+        shutil.copyfile(beside, folder / "1" / beside.name)
+    labels = label.card.labels or ()
+    (folder / "labels.txt").write_text("".join(f"{name}\n" for name in labels), encoding="utf-8")
+    (folder / "vitrail.json").write_text(
+        json.dumps(json.loads(label.to_text()), indent=2) + "\n", encoding="utf-8"
+    )
+    (folder / "config.pbtxt").write_text(config_text(folder.name, label, batch, delay), encoding="utf-8")
+
+
+def config_text(name: str, label: Label, batch: int, delay: int) -> str:
+    """config.pbtxt, as Triton's model configuration describes it. Sizes leave out the batch."""
+    wanted, classes = label.card.preprocessing, label.card.num_classes or -1
+    size = (-1, -1) if label.free_size else wanted.input_size
+    named = '\n    label_filename: "labels.txt"' if label.card.labels else ""
+    outputs = ",\n".join(
+        f'  {{\n    name: "{output}"\n    data_type: TYPE_FP32\n    dims: [{classes}]'
+        f"{named if output == 'probabilities' else ''}\n  }}"
+        for output in OUTPUTS
+    )
+    preferred = sorted({1 << power for power in range(1, 12) if 1 << power <= batch})
+    return f"""name: "{name}"
+backend: "onnxruntime"
+max_batch_size: {batch}
+input [
+  {{
+    name: "images"
+    data_type: TYPE_UINT8
+    dims: {[wanted.in_chans, *size]}
+  }}
+]
+output [
+{outputs}
+]
+dynamic_batching {{
+  preferred_batch_size: {preferred}
+  max_queue_delay_microseconds: {delay}
+}}
+instance_group [ {{ kind: KIND_AUTO }} ]
+"""

@@ -1,0 +1,376 @@
+"""`vitrail export`: a model as one file for other programs, proved on real pictures before it gets its name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitrail import __version__
+from vitrail.data.image import decode
+from vitrail.data.sample import photographs
+from vitrail.data.sources import Source, open_splits
+from vitrail.data.transforms import Preprocess
+from vitrail.engines import Engine
+from vitrail.engines.artefact import open_artefact
+from vitrail.engines.prepare import Shelf
+from vitrail.engines.pytorch import TorchEngine
+from vitrail.errors import ConfigError, DataError, ImageError, ProofError
+from vitrail.export import onnx, openvino, quantise, torch_program, triton
+from vitrail.export.label import Label
+from vitrail.export.parity import Proof, prove, write_proof
+from vitrail.export.program import Program, capture
+from vitrail.export.wrap import Deployed
+from vitrail.runs import ExportRun
+from vitrail.weights.card import Card
+from vitrail.weights.folder import model_folder
+
+logger = logging.getLogger(__name__)
+
+BATCH = 16
+"""Pictures that the proof shows at a time."""
+
+ENDINGS = {"onnx": ".onnx", "openvino": "-openvino", "torch": ".pt2", "triton": "-triton"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written, and what the proof found."""
+
+    artefact: Path
+    proof_file: Path
+    proof: Proof
+    label: Label
+    size: int
+    """Bytes of the artefact."""
+    seconds: float
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return {
+            "artefact": str(self.artefact),
+            "proof_file": str(self.proof_file),
+            "proof": self.proof.to_dict(),
+            "precision": self.label.precision,
+            "free_size": self.label.free_size,
+            "size": self.size,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+        }
+
+
+def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> Exported:
+    """Write the artefact and its proof.
+
+    The artefact is made under another name, opened as a user would open it, held against the network on real
+    pictures, and gets its own name only if it stays within the bounds. The proof is written in any case.
+
+    Raises:
+        ProofError: the artefact strays; nothing but the proof is left of it.
+        ConfigError: int8 without pictures to calibrate with, or a package that is missing.
+        WeightsError: the folder holds no model.
+        DataError: data that cannot be used, or without a readable picture.
+    """
+    _check(run)
+    started = time.monotonic()
+    target = destination(run)
+    reference = TorchEngine(run.model, device="cpu", precision="fp32")
+    pictures = Pictures(run, reference)
+    deployed = Deployed(reference.network)
+    program = capture(deployed, free_size=run.free_size)
+    label = Label(
+        card=reference.card,
+        free_size=program.free_size,
+        normalised_inside="folded" if deployed.folded else "computed",
+        source_sha256=reference.card.sha256,
+    )
+    notes = (
+        []
+        if program.free_size or not run.free_size
+        else ["height and width are fixed: windows follow the size"]
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = target.parent / f".{target.name}.{secrets.token_hex(4)}"
+    work.mkdir()
+    try:
+        built, label, proof = _built(run, work, program, label, reference, pictures, watch)
+        proof_file = proof_path(target)
+        about = {"artefact": target.name, "format": run.format, "vitrail": __version__, "model": run.model}
+        about |= {"quantisation": dict(label.quantisation), "torch": torch.__version__}
+        write_proof(proof_file, proof, about)
+        if not proof.passed:
+            raise ProofError(
+                f"{target} was not written, because it would not answer as {run.model} does:"
+                f" {'; '.join(proof.failures)}. The numbers are in {proof_file}."
+            )
+        _place(built, target)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    if label.precision == "int8" and run.format == "openvino":
+        _shelve(run.model, target)
+    for note in (*notes, *pictures.notes):
+        logger.info(note)
+    return Exported(
+        artefact=target,
+        proof_file=proof_file,
+        proof=proof,
+        label=label,
+        size=_bytes(target),
+        seconds=time.monotonic() - started,
+        notes=(*notes, *pictures.notes),
+    )
+
+
+def destination(run: ExportRun) -> Path:
+    """Where the artefact goes."""
+    if run.output:
+        return Path(run.output)
+    folder = model_folder(run.model)
+    name = folder.parent.name if folder.name == "model" else folder.name
+    return Path("export") / f"{name}{'-int8' if run.int8 else ''}{ENDINGS[run.format]}"
+
+
+def proof_path(artefact: Path) -> Path:
+    """The proof beside an artefact."""
+    return artefact.with_name(f"{artefact.name}.proof.json")
+
+
+class Pictures:
+    """Decoded pictures with their classes, for the proof: the run's data, else photographs without classes."""
+
+    def __init__(self, run: ExportRun, reference: Engine) -> None:
+        self.notes: list[str] = []
+        self.source: Source | None = None
+        self.name = "cuttings of two photographs"
+        if not run.data:
+            return
+        splits = open_splits(run.data)
+        found = splits.val if "val" in splits.given else splits.test if "test" in splits.given else None
+        source = splits.everything if found is None else found
+        self.name = ", ".join(Path(path).name for path in run.data)
+        known = _known(source, reference.card)
+        self.labelled = isinstance(known, Source)
+        if isinstance(known, str):
+            self.notes.append(f"accuracy is not measured: {known}")
+        self.source = _some(known if isinstance(known, Source) else source, run.samples, run.seed)
+
+    def __iter__(self) -> Iterator[tuple[Sequence[Tensor], Sequence[int] | None]]:
+        if self.source is None:
+            pictures = photographs()
+            for first in range(0, len(pictures), BATCH):
+                yield pictures[first : first + BATCH], None
+            return
+        for first in range(0, len(self.source), BATCH):
+            numbers = range(first, min(first + BATCH, len(self.source)))
+            read = [(self._read(number), int(self.source.labels[number])) for number in numbers]
+            kept = [(picture, label) for picture, label in read if picture is not None]
+            if kept:
+                yield (
+                    [picture for picture, _ in kept],
+                    [label for _, label in kept] if self.labelled else None,
+                )
+
+    def __len__(self) -> int:
+        return len(photographs()) if self.source is None else len(self.source)
+
+    def _read(self, number: int) -> Tensor | None:
+        assert self.source is not None
+        try:
+            return decode(self.source.read(number), name=self.source.name(number))
+        except ImageError as error:
+            self.notes.append(f"left out: {error}")
+            return None
+
+
+def answering(engine: Engine) -> Callable[[Sequence[Tensor]], Tensor]:
+    """An engine with the preprocessing of its own card, from decoded pictures on."""
+    preprocess = Preprocess(engine.card.preprocessing)
+
+    def answer(pictures: Sequence[Tensor]) -> Tensor:
+        return engine(torch.stack([preprocess(picture) for picture in pictures]))
+
+    return answer
+
+
+def _built(
+    run: ExportRun,
+    work: Path,
+    program: Program,
+    label: Label,
+    reference: TorchEngine,
+    pictures: Pictures,
+    watch: Callable[[int, int], None] | None,
+) -> tuple[Path, Label, Proof]:
+    """The artefact under its working name, with the proof in its label."""
+
+    def proved(path: Path) -> Proof:
+        candidate = open_artefact(path)
+        return prove(
+            answering(reference),
+            answering(candidate),
+            pictures,
+            precision=candidate.precision,
+            pictures=pictures.name,
+            watch=None if watch is None else lambda done: watch(done, len(pictures)),
+        )
+
+    if run.format == "torch":
+        path = work / "model.pt2"
+        torch_program.write_program(program, path, label)
+        proof = proved(path)
+        label = _with_proof(label, proof)
+        torch_program.write_program(program, path, label)
+        return path, label, proof
+    graph = work / f"{destination(run).stem}.onnx"  # the weights beside a large one are found by its name
+    onnx.write_onnx(program, graph, label)
+    if run.int8:
+        return _quantised(run, work, graph, label, reference, proved)
+    if run.format == "openvino":
+        folder = work / "openvino"
+        openvino.write_openvino(openvino.from_onnx(graph), folder, label)
+        proof = proved(folder)
+        label = _with_proof(label, proof)
+        openvino.write_openvino(openvino.from_onnx(graph), folder, label)
+        return folder, label, proof
+    proof = proved(graph)
+    label = _with_proof(label, proof)
+    onnx.relabel(graph, label)
+    if run.format == "onnx":
+        return graph, label, proof
+    folder = work / destination(run).name  # Triton knows a model by the name of its folder
+    triton.write_triton(graph, folder, label)
+    return folder, label, proof
+
+
+def _quantised(
+    run: ExportRun,
+    work: Path,
+    graph: Path,
+    label: Label,
+    reference: TorchEngine,
+    proved: Callable[[Path], Proof],
+) -> tuple[Path, Label, Proof]:
+    """The first way of quantising that stays within the bounds; else the last one, with its failures."""
+    preprocess = Preprocess(reference.card.preprocessing)
+    batches = [
+        torch.stack([preprocess(picture) for picture in part]).numpy()
+        for part in _calibration(run, reference)
+    ]
+    folder = work / "openvino"
+    for rung in quantise.LADDER:
+        logger.info("quantising: %s", rung.words)
+        model = quantise.quantise(graph, batches, rung)
+        done, products = quantise.quantised_products(model)
+        how = {
+            "method": "NNCF post-training",
+            "choice": rung.words,
+            "int8_products": done,
+            "products": products,
+            "calibrated_on": ", ".join(Path(path).name for path in run.calibrate),
+            "calibration_images": sum(map(len, batches)),
+        }
+        label = replace(label, precision="int8", quantisation=how, proof={})
+        openvino.write_openvino(model, folder, label)
+        proof = proved(folder)
+        if proof.passed:
+            break
+        logger.info("not within the bounds: %s", "; ".join(proof.failures))
+    label = _with_proof(label, proof)
+    openvino.write_openvino(model, folder, label)
+    return folder, label, proof
+
+
+def _calibration(run: ExportRun, reference: Engine) -> Iterator[list[Tensor]]:
+    """Decoded pictures for the calibration, a few at a time; unreadable ones are passed over."""
+    splits = open_splits(run.calibrate)
+    source = splits.train if splits.train is not None and "train" in splits.given else splits.everything
+    source = _some(source, run.calibration_samples, run.seed)
+    ready: list[Tensor] = []
+    for number in range(len(source)):
+        try:
+            ready.append(decode(source.read(number), name=source.name(number)))
+        except ImageError:
+            continue
+        if len(ready) == BATCH:
+            yield ready
+            ready = []
+    if ready:
+        yield ready
+
+
+def _check(run: ExportRun) -> None:
+    if run.int8 and not run.calibrate:
+        raise ConfigError(
+            "int8 needs pictures to calibrate with: --calibrate DATA (training pictures are best)."
+        )
+    if run.int8 and run.format != "openvino":
+        raise ConfigError(f"int8 is written as --format openvino; got {run.format}.")
+    if run.samples < 0 or run.calibration_samples < 1:
+        raise ConfigError(
+            f"samples must be at least 0 and calibration-samples at least 1; got {run.samples} and"
+            f" {run.calibration_samples}."
+        )
+
+
+def _known(source: Source, card: Card) -> Source | str:
+    """The source with the model's class numbers; or why the two do not fit, so that only answers are compared."""
+    if card.labels is None:
+        if len(source.classes) == card.num_classes:
+            return source
+        return f"the data has {len(source.classes)} classes, the model {card.num_classes} without names"
+    try:
+        return source.relabel(card.labels)
+    except DataError as error:
+        return str(error)
+
+
+def _some(source: Source, count: int, seed: int) -> Source:
+    """That many of the pictures, chosen by the seed."""
+    if count == 0 or count >= len(source):
+        return source
+    order = np.random.default_rng(seed).permutation(len(source))[:count]
+    return source.subset(np.sort(order))
+
+
+def _with_proof(label: Label, proof: Proof) -> Label:
+    """The label with the proof's numbers, and the accuracy that the artefact itself reached on its card."""
+    scores = dict(label.card.scores)
+    if proof.accuracy_after is not None:
+        scores["exported_acc1"] = proof.accuracy_after
+    return replace(label, card=replace(label.card, scores=scores), proof=proof.to_dict())
+
+
+def _place(built: Path, target: Path) -> None:
+    """Give the artefact its name; what was there before goes only then."""
+    beside = built.with_name(built.name + ".data")
+    if beside.exists():
+        os.replace(beside, target.parent / beside.name)
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    if target.is_dir():
+        os.replace(target, old)
+    os.replace(built, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _shelve(model: str, folder: Path) -> None:
+    """Keep a copy with the model, where `--precision int8` finds it."""
+    place = Shelf(model).place()
+    place.mkdir(parents=True, exist_ok=True)
+    fresh = place / f".int8.{secrets.token_hex(4)}"
+    shutil.copytree(folder, fresh)
+    _place(fresh, place / "int8")
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*")) if path.is_dir() else path.stat().st_size
