@@ -46,9 +46,10 @@ class Predictor:
     """A model, its preprocessing and its class names, ready for pictures.
 
     Args:
-        model: a model folder, a run folder, or a network.
-        engine: what computes; auto chooses.
-        precision: auto (bf16 where the chip computes in it), fp32, bf16, or fp16 on CUDA.
+        model: a model folder, a run folder, an exported file, or a network.
+        engine: what computes: torch, compiled, onnxruntime, openvino, or auto (see vitrail.engines).
+        precision: auto (bf16 where the chip computes in it), fp32, bf16, int8 (what `vitrail export --int8`
+            made of the model), or fp16 on CUDA.
         device: auto, cpu, cuda, cuda:N or mps.
         batch_size: pictures that go through the network together.
         top_k: classes named for each picture, unless a call says otherwise.

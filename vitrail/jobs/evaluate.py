@@ -16,7 +16,8 @@ from vitrail.data.loader import Loader
 from vitrail.data.sources import Source, Splits
 from vitrail.data.transforms import Preprocess
 from vitrail.disk import write_atomically
-from vitrail.engines import Engine, open_engine
+from vitrail.engines import Engine, hurry, open_engine
+from vitrail.engines.artefact import format_of
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.jobs import evaluate_dense
@@ -81,7 +82,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     """
     if run.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {run.batch_size}.")
-    engine = open_engine(run.model, device=run.device, precision=run.precision)
+    engine = open_engine(run.model, run.engine, device=run.device, precision=run.precision)
     if engine.card.task != "image-classification":
         return _dense(run, engine, watch)
     splits = open_kind(
@@ -90,6 +91,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     source, split, notes = _source(run, splits)
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
+    engine = hurry(engine, run.model, run.engine, images=len(source), batch_size=run.batch_size)
     loader = Loader(
         source,
         Preprocess(engine.card.preprocessing),
@@ -244,6 +246,8 @@ def _output(run: EvaluateRun) -> Path:
     """The folder asked for; else `evaluation` in the model's run, or beside where one stands."""
     if run.output:
         return Path(run.output)
+    if format_of(run.model) is not None:
+        return Path("evaluation")
     folder = model_folder(run.model)
     return (folder.parent if folder.name == "model" else Path()) / "evaluation"
 
