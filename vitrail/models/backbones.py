@@ -16,7 +16,7 @@ from torch import nn
 
 from vitrail.errors import ModelError, WeightsError
 from vitrail.models import loading, registry
-from vitrail.models.classifier import Backbone, Classifier
+from vitrail.models.classifier import Backbone
 from vitrail.models.model import Model
 from vitrail.nn.resnet import ResidualTrunk
 from vitrail.nn.shapes import Level
@@ -46,10 +46,7 @@ def backbone(name: str, in_chans: int = 3, **changes: Any) -> Chosen:
             ModelError.
     """
     config = backbone_config(name, in_chans, **changes)
-    model = registry.from_config(name, config)
-    if not isinstance(model, Classifier):
-        raise ModelError(f"A backbone is a classification network; {name} is a {model.card.task} network.")
-    trunk: Backbone = model.backbone
+    trunk: Backbone = registry.from_config(name, config).backbone  # type: ignore[assignment]
     _leave_untrained(trunk)
     return Chosen(trunk, config, trunk.levels)
 
@@ -57,6 +54,9 @@ def backbone(name: str, in_chans: int = 3, **changes: Any) -> Chosen:
 def backbone_config(name: str, in_chans: int = 3, **changes: Any) -> Any:
     """The Config that `backbone` builds from."""
     asked = {field: value for field, value in changes.items() if value is not None}
+    task = registry.task_of(registry.family_of(name))
+    if task != registry.CLASSIFICATION:
+        raise ModelError(f"A backbone is a classification network; {name} is for {task}.")
     plain = registry.variant(name)
     for field, value in asked.items():
         if not hasattr(plain, field):

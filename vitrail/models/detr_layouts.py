@@ -35,6 +35,7 @@ def transformers_config(name: str, config: Config) -> dict[str, Any]:
         "use_timm_backbone": True,
         "dilation": bool(config.dilated),
         "num_channels": config.in_chans,
+        "num_labels": config.num_classes,
         "d_model": config.width,
         "num_queries": config.queries,
         "encoder_layers": config.encoder_depth,
