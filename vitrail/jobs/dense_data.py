@@ -22,7 +22,7 @@ from vitrail.weights.card import Preprocessing
 
 DEFAULTS: dict[Kind, str] = {
     "classes": "vit_nano_patch4_32",
-    "boxes": "detr_resnet50",
+    "boxes": "quick_detr_nano",
     "masks": "setr_pup_nano",
 }
 """A small network of ours for each kind of data."""
