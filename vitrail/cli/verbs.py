@@ -175,9 +175,12 @@ def data_check(run: DataCheckRun) -> int:
         print(show.json_text(found.to_dict()))
         return 1 if found.problems else 0
     splits = list(found.pictures)
+    if found.counted != "pictures":
+        show.say(", ".join(f"{split}: {count} pictures" for split, count in found.pictures.items()))
     rows = [[name, *(str(held.get(split, 0)) for split in splits)] for name, held in found.classes.items()]
-    total = ["all", *(str(found.pictures[split]) for split in splits)]
-    show.table(["class", *splits], [*rows[:MOST_CLASSES], total], right=splits)
+    total = ["all", *(str(sum(held.get(split, 0) for held in found.classes.values())) for split in splits)]
+    first = "class" if found.counted == "pictures" else f"class ({found.counted})"
+    show.table([first, *splits], [*rows[:MOST_CLASSES], total], right=splits)
     if len(rows) > MOST_CLASSES:
         show.say(f"and {len(rows) - MOST_CLASSES} more classes; the report lists them all")
     for side, name in enumerate(("height", "width") if found.sizes else ()):

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrail.data.boxes import PictureBoxes
 from vitrail.data.image import decode
 from vitrail.data.joint import BoxLabels, JointTransform
 from vitrail.data.loader import FILLER, Batch, Builder
@@ -63,12 +64,7 @@ class DenseBuilder(Builder):
         source: Any = self.source
         name = source.name(index)
         image, target = decode(source.read(index), name, self.limits), source.target(index)
-        told = tuple(target.size) if hasattr(target, "crowd") else target.shape
-        if any(told) and tuple(image.shape[1:]) != tuple(told):
-            raise ImageError(
-                f"{name}: the picture has {image.shape[1]}×{image.shape[2]} pixels, its annotation"
-                f" {told[0]}×{told[1]}. (A picture that its camera turned is annotated unturned?)"
-            )
+        check_size(name, (int(image.shape[1]), int(image.shape[2])), target)
         return self.transform(image, target, seed, index)
 
     @property
@@ -92,6 +88,16 @@ class DenseBuilder(Builder):
         for mask, own in zip(masks, targets, strict=True):
             mask[: own.shape[0], : own.shape[1]] = own
         return masks  # [B, h, w]
+
+
+def check_size(name: str, size: tuple[int, int], target: Any) -> None:
+    """Raises ImageError where boxes or a mask were made for a picture of another height and width."""
+    told = tuple(target.size) if isinstance(target, PictureBoxes) else target.shape
+    if any(told) and size != tuple(told):
+        raise ImageError(
+            f"{name}: the picture has {size[0]}×{size[1]} pixels, its annotation {told[0]}×{told[1]}."
+            " (A picture that its camera turned is annotated unturned?)"
+        )
 
 
 def pad_together(images: Sequence[Tensor], fill: Tensor) -> tuple[Tensor, Tensor | None]:

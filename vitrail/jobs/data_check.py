@@ -12,17 +12,21 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from vitrail.data.dense import kinds_of
+from vitrail.data.dense_loader import check_size
 from vitrail.data.image import decode
-from vitrail.data.sources import Source, Splits, open_splits
+from vitrail.data.sources import Source, Splits
 from vitrail.disk import write_atomically
 from vitrail.errors import ImageError
 from vitrail.jobs.contact_sheet import Tile, draw_sheet
+from vitrail.jobs.dense_data import open_kind
+from vitrail.jobs.overlays import draw_overlays
 from vitrail.runs import DataCheckRun
 
 TINY = 16
@@ -83,8 +87,12 @@ class DataReport:
     """Training pictures of the largest class over those of the smallest."""
     notes: list[str]
     """What finding the data brought up."""
+    counted: str = "pictures"
+    """What the numbers of the classes count: pictures, boxes, or pixels of masks."""
+    listed: dict[str, list[str]] = field(default_factory=dict)
+    """Boxes and masks: what is odd about the annotations, by kind, one line each."""
     files: tuple[str, ...] = ()
-    """The report and the contact sheet."""
+    """The report, the contact sheet, and ten overlays of boxes or masks."""
 
     @property
     def problems(self) -> list[str]:
@@ -97,10 +105,14 @@ class DataReport:
             (self.duplicates, f"More than once: {_count(self.duplicates)}."),
             (self.tiny, f"Tiny (short side below {TINY} pixels): {_count(self.tiny)}."),
             (self.huge, f"Huge (above {HUGE / 1e6:g} million pixels): {_count(self.huge)}."),
-            (self.thin, f"With a single training picture: {_count(self.thin, 'class', 'classes')}."),
-            (self.absent, f"Classes without a picture in a split: {', '.join(self.absent[:5])}."),
+            *((names, f"{len(names)} × {kind}, such as {names[0]}.") for kind, names in self.listed.items()),
             (
-                self.imbalance > UNEVEN,
+                self.thin,
+                f"With a single training {self.counted[:-1]}: {_count(self.thin, 'class', 'classes')}.",
+            ),
+            (self.absent, f"Classes without {self.counted} in a split: {', '.join(self.absent[:5])}."),
+            (
+                self.imbalance > UNEVEN and self.counted == "pictures",
                 f"The largest class has {self.imbalance:.1f} times the pictures of the smallest.",
             ),
         ]
@@ -111,8 +123,13 @@ class DataReport:
 
 
 def data_check(run: DataCheckRun, watch: Watch | None = None) -> DataReport:
-    """Check a data set and write report.json and contact-sheet.png. Raises DataError where there is none."""
-    return check(run.data, run.output or "data-check", val=run.val, workers=run.workers, watch=watch)
+    """Check a data set and write report.json, contact-sheet.png and for boxes and masks overlays.png.
+
+    Raises DataError where there is none, or where training would not begin: annotations that mean nothing.
+    """
+    options = {"classes": run.classes, "ignore": run.ignore, "reduce_zero": run.reduce_zero}
+    output = run.output or "data-check"
+    return check(run.data, output, val=run.val, workers=run.workers, watch=watch, **options)
 
 
 def check(
@@ -122,13 +139,14 @@ def check(
     val: Iterable[str] = (),
     workers: int | None = None,
     watch: Watch | None = None,
+    **options: Any,
 ) -> DataReport:
-    """As `data_check`, in plain arguments. `watch` hears (done, total).
+    """As `data_check`, in plain arguments. `watch` hears (done, total); `options` as open_kind's.
 
     Pictures that the data holds back for validation by itself count as training pictures here.
     """
     data = tuple(data)
-    splits = open_splits(data, val=tuple(val), val_share=0.0)
+    splits = open_kind(kinds_of(data)[0], data, val=tuple(val), val_share=0.0, **options)
     source = splits.everything
     place = _split_names(splits)
     looks = list(_looks(source, workers, watch))
@@ -136,8 +154,13 @@ def check(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     sheet, written = folder / "contact-sheet.png", folder / "report.json"
-    draw_sheet(_rows(source, looks, report), sheet)
-    report = DataReport(**{**vars(report), "files": (str(written), str(sheet))})
+    rows, files = list(_rows(source, looks, report)), [written]
+    if rows:
+        draw_sheet(rows, sheet)
+        files.append(sheet)
+    if source.kind != "classes":
+        files.append(draw_overlays(source, [look.number for look in looks if not look.reason], folder))
+    report = DataReport(**{**vars(report), "files": tuple(map(str, files))})
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(written, text.encode("utf-8", "surrogateescape"))
     return report
@@ -174,6 +197,8 @@ def _look(source: Source, index: int) -> Look:
         raw = data.tobytes() if isinstance(data, np.ndarray) else data
         digest = hashlib.sha256(raw).digest()
         _, height, width = decode(data, source.name(index)).shape
+        if source.kind != "classes":
+            check_size(source.name(index), (height, width), cast(Any, source).target(index))
     except ImageError as error:
         return Look(index, 0, 0, b"", str(error))
     return Look(index, height, width, digest, "")
@@ -223,6 +248,8 @@ def _judged(
         ],
         imbalance=round(max(numbers) / max(1, min(numbers)), 2),
         notes=[note for note in splits.notes if not note.startswith("Validation has no picture")],
+        counted={"boxes": "boxes", "masks": "pixels"}.get(source.kind, "pictures"),
+        listed={kind: list(names) for kind, names in getattr(source, "listed", {}).items()},
     )
 
 
@@ -256,7 +283,8 @@ def _rows(source: Source, looks: list[Look], report: DataReport) -> Iterator[tup
         if names:
             yield f"{heading}: {len(names)}", tiles(names)
     sound = np.array([not look.reason for look in looks])
-    for number, name in list(enumerate(source.classes))[:CLASSES_SHOWN]:
+    shown = list(enumerate(source.classes))[:CLASSES_SHOWN] if source.kind == "classes" else []
+    for number, name in shown:
         members = np.flatnonzero((source.labels == number) & sound)
         spread = members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).astype(int)]
         count = sum(report.classes[name].values())

@@ -17,6 +17,7 @@ from vitrail.data.sources import Splits
 from vitrail.errors import DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.jobs.dense_data import kind_for, loader_in_order, open_kind
+from vitrail.jobs.overlays import draw_target
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.choose import choose
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, side_by_side
@@ -197,10 +198,10 @@ def draw_pair(
     pixels: np.ndarray[Any, Any], target: Any, record: Any, labels: Sequence[str], left: str, right: str
 ) -> list[Any]:
     """Truth and what was found, on the same picture."""
-    if hasattr(target, "crowd"):
-        true = [Drawn(int(n), tuple(c)) for n, c in zip(target.labels, target.boxes.tolist(), strict=True)]
-        return [draw_boxes(pixels, true, labels, left), draw_boxes(pixels, drawn(record), labels, right)]
-    return [draw_mask(pixels, target, labels, left), draw_mask(pixels, record.mask.numpy(), labels, right)]
+    true = draw_target(pixels, target, labels, left)
+    if hasattr(record, "boxes"):
+        return [true, draw_boxes(pixels, drawn(record), labels, right)]
+    return [true, draw_mask(pixels, record.mask.numpy(), labels, right)]
 
 
 def drawn(record: Any) -> list[Drawn]:
