@@ -284,8 +284,33 @@ def test_a_classifiers_folder_becomes_the_encoder(tmp_path: Path) -> None:
     theirs, ours = classifier.state_dict(), model.state_dict()
     name = "backbone.stages.0.blocks.1.mlp.fc1.weight"
     assert torch.equal(ours[name], theirs[name])
-    assert any("resampled from 8x8 to 4x4" in story for _, story in receipt.made)
+    assert any("resampled from 8x8 to 4x4 (bilinear-plain)" in story for _, story in receipt.made)
     assert any(key.endswith("norm.weight") for key, _ in receipt.dropped)
+
+
+@pytest.mark.parametrize("image", [32, 64])
+def test_a_distilled_deit_becomes_the_encoder_without_its_second_token(image: int, tmp_path: Path) -> None:
+    from vitrail.models.backbones import load_backbone
+
+    torch.manual_seed(3)
+    changes = dict(setr.TINY.backbone_changes)
+    teacher = create_model("deit_tiny_distilled_patch16_224", img_size=image, num_classes=4, **changes)
+    model = tiny(backbone="deit_tiny_patch16_224")
+    table = "stages.0.entry.positions.table"
+    theirs = teacher.backbone.state_dict()[table]
+    teacher.save_pretrained(tmp_path / "folder")
+    state = adapter.write(
+        teacher.state_dict(), registry.family_of(teacher.name).RENAMES[0],
+        loading.context(registry.family_of(teacher.name), teacher.config),
+    )  # fmt: skip
+    save_file(state, tmp_path / "file.safetensors")
+    for path in (tmp_path / "folder", tmp_path / "file.safetensors"):
+        receipt = load_backbone(model, path)
+        assert ("dist_token", "this encoder has no distillation token") in receipt.dropped
+        ours = model.backbone.state_dict()[table]
+        assert torch.equal(ours[:, :1], theirs[:, :1])
+        if image == 32:
+            assert torch.equal(ours[:, 1:], theirs[:, 2:])
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,8 @@ def load_backbone(model: Model, path: str | Path) -> adapter.Receipt:
     if card is not None and card.architecture and card.config:
         _check_origin(own, module, card.architecture, path)
     state, receipt = adapter.read(
-        tensors, _headless(module.RENAMES), loading.shapes_of(own, config), loading.context(module, config, card),
+        tensors, _headless(module.RENAMES), loading.shapes_of(own, config),
+        {**loading.context(module, config, card), "dense": True, **getattr(model, "backbone_context", {})},
         layout=card.layout if card is not None and card.layout else None, source=str(path), sha256=sha256,
     )  # fmt: skip
     wanted = {f"backbone.{name}" for name in trunk.state_dict()}

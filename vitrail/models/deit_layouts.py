@@ -99,6 +99,7 @@ _TOKENS_AND_HEADS = (
 )
 
 _NO_HEAD = Drop("head_dist.*", "this model has no head", when="headless")
+_NO_TOKEN = Drop("dist_token", "this encoder has no distillation token", when="dense")
 
 TIMM = Layout(
     name="timm",
@@ -116,7 +117,7 @@ TIMM = Layout(
             "{j}",
         ),
     ),
-    dropped=(*plain.TIMM.dropped, _NO_HEAD),
+    dropped=(*plain.TIMM.dropped, _NO_HEAD, _NO_TOKEN),
     describe=timm_config,
 )
 
@@ -131,7 +132,7 @@ ORIGINAL = Layout(
         *_parallel(("norm1", "attn", "gamma_1"), ("norm2", "mlp", "gamma_2"), "0"),
         *_parallel(("norm11", "attn1", "gamma_1_1"), ("norm21", "mlp1", "gamma_2_1"), "1"),
     ),
-    dropped=(*plain.TIMM.dropped, _NO_HEAD),
+    dropped=(*plain.TIMM.dropped, _NO_HEAD, _NO_TOKEN),
 )
 
 

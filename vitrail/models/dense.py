@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -20,6 +21,8 @@ class Dense(Model):
     """Called with images it answers Features; `levels` and `stages` as a classifier's."""
     backbone_config: Any
     """The classification Config that the backbone was built from."""
+    backbone_context: Mapping[str, Any] = {}
+    """What rules must know besides, where a classifier's weights become the backbone's: how positions resample."""
     head: Any
     """Holds the class layer as `linear`, and gives it new classes in `reset`."""
 

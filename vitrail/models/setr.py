@@ -110,6 +110,7 @@ def build(config: Config) -> Segmenter:
             for level, growth in asked
         ]
     model = Segmenter(chosen, heads[0], neck=neck, auxiliary=heads[1:])
+    model.backbone_context = {"resample": "bilinear-plain"}
     if not skip_on_meta(model):
         init_masks(model)
     return model

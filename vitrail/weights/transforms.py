@@ -116,10 +116,16 @@ TRANSFORMS: dict[str, Transform] = {
 
 
 def fit_positions(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tuple[Tensor, str]:
-    """A position table for the model's grid; `context` holds `grid`, `prefix` and perhaps `from_grid`."""
+    """A position table for the model's grid; `context` holds `grid`, `prefix` and perhaps `from_grid`.
+
+    With `dense` set, one entry more after the prefix is the distillation token's, which a dense model leaves out.
+    """
     prefix, method = int(context.get("prefix", 0)), str(context.get("resample", "bicubic"))
     new = tuple(context["grid"])
-    old = context.get("from_grid") or _square(tensor.shape[1] - prefix)
+    cells, told = tensor.shape[1] - prefix, context.get("from_grid")
+    if context.get("dense") and (told[0] * told[1] == cells - 1 if told else _square(cells) is None):
+        tensor = torch.cat([tensor[:, :prefix], tensor[:, prefix + 1 :]], dim=1)
+    old = told or _square(tensor.shape[1] - prefix)
     if old is None:
         raise WeightsError(
             f"holds {tensor.shape[1] - prefix} grid positions, which make no square, and nothing says"
