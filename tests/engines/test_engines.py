@@ -1,0 +1,195 @@
+"""Which engine computes, what is kept between runs, and what happens where one is missing or broken."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from export.worlds import colour_model, untyped
+
+from vitrail.engines import choose, hurry, open_engine
+from vitrail.engines.prepare import FOLDER, GRAPH, Shelf
+from vitrail.engines.pytorch import TorchEngine, fill
+from vitrail.errors import ConfigError, WeightsError
+from vitrail.predict import Predictor
+
+IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with a prepared graph beside it."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    folder = colour_model(tmp_path_factory.mktemp("ready") / "model")
+    with untyped():
+        assert open_engine(folder, "onnxruntime").name == "onnxruntime"
+    return folder
+
+
+@pytest.fixture
+def model(ready: Path, tmp_path: Path) -> Path:
+    """A copy of it for one test."""
+    return Path(shutil.copytree(ready, tmp_path / "model"))
+
+
+def same(engine: Any, model: Path) -> bool:
+    wanted = TorchEngine(model, precision="fp32")(IMAGES)
+    return bool((engine(IMAGES) - wanted).abs().max() <= 1e-4 * wanted.abs().max())
+
+
+def test_auto_prepares_nothing_for_a_few_pictures(tmp_path: Path) -> None:
+    model = colour_model(tmp_path / "model")
+    engine = open_engine(model)
+    assert engine.name == "torch"
+    assert hurry(engine, str(model), "auto", images=3, batch_size=3) is engine
+    assert not (model / FOLDER).exists()
+
+
+def test_a_prepared_graph_is_used_again_and_needs_no_network(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the network was built")
+
+    wanted = TorchEngine(model, precision="fp32")(IMAGES)
+    monkeypatch.setattr("vitrail.engines.prepare.from_pretrained", never)
+    engine = open_engine(model, "onnxruntime")
+    assert engine.name == "onnxruntime" and torch.allclose(engine(IMAGES), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_auto_measures_once_when_there_is_much_to_do_and_remembers(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choose, "WORTH", 0.0)
+    monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
+    monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 2.0})
+    caplog.set_level(logging.INFO, "vitrail")
+    engine = hurry(open_engine(model), str(model), "auto", images=1000, batch_size=4)
+    assert engine.name == "onnxruntime" and same(engine, model)
+    assert "engine onnxruntime, fp32: 2.0 images/s here at batch 4 (torch 1.0); logits agree" in caplog.text
+    assert open_engine(model).name == "onnxruntime"  # without measuring again
+    assert open_engine(model, "torch").name == "torch"
+
+
+def test_auto_stays_with_torch_where_it_is_as_quick(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choose, "WORTH", 0.0)
+    monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
+    monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 1.01})
+    assert hurry(open_engine(model), str(model), "auto", images=1000, batch_size=4).name == "torch"
+    assert open_engine(model).name == "torch"
+
+
+def test_an_engine_that_strays_is_left_out(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = choose.open_prepared
+
+    def crooked(*given: Any) -> Any:
+        engine = real(*given)
+
+        class Crooked:
+            precision, card = engine.precision, engine.card
+
+            def __call__(self, images: torch.Tensor) -> torch.Tensor:
+                found: torch.Tensor = engine(images) + 0.1
+                return found
+
+        return Crooked()
+
+    monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
+    monkeypatch.setattr(choose, "open_prepared", crooked)
+    torch_engine = TorchEngine(model, precision="fp32")
+    shelf = Shelf(model)
+    assert choose.measure(shelf, torch_engine.network, torch_engine, "fp32", 4) is torch_engine
+    assert "onnxruntime is left out: logits differ" in caplog.text
+
+
+def test_a_missing_engine_falls_back_to_torch_and_says_so(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def missing(*packages: str, extra: str) -> None:
+        raise ConfigError(f"{packages[0]} is not installed")
+
+    monkeypatch.setattr("vitrail.engines.onnx.require", missing)
+    engine = open_engine(model, "onnxruntime")
+    assert engine.name == "torch" and same(engine, model)
+    assert "onnxruntime is not installed); torch does the work" in caplog.text
+
+
+def test_a_broken_graph_falls_back_to_torch(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    graph = Shelf(model).graph()
+    assert graph is not None
+    graph.write_bytes(b"not a graph")
+    assert open_engine(model, "onnxruntime").name == "torch"
+    assert "torch does the work" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+def test_a_model_that_has_changed_gets_a_new_graph(model: Path) -> None:
+    old = Shelf(model)
+    changed = TorchEngine(model).network
+    with torch.no_grad():
+        changed.head.linear.bias.add_(1)
+    changed.save_pretrained(model)
+    new = Shelf(model)
+    assert new.key != old.key and new.graph() is None
+    assert same(open_engine(model, "onnxruntime"), model)
+    assert [path.name for path in (model / FOLDER).iterdir()] == [new.key]
+    assert (model / FOLDER / new.key / GRAPH).is_file()
+
+
+def test_weights_that_are_not_the_cards_never_reach_an_engine(model: Path) -> None:
+    weights = model / "model.safetensors"
+    damaged = bytearray(weights.read_bytes())
+    damaged[-1] ^= 1
+    weights.write_bytes(damaged)
+    with pytest.raises(WeightsError, match="changed or damaged"):
+        open_engine(model, "onnxruntime")
+
+
+def test_a_predictor_takes_an_engine_by_name(model: Path) -> None:
+    predictor = Predictor(model, engine="onnxruntime")
+    assert predictor.engine.name == "onnxruntime"
+    assert predictor.forward(IMAGES).shape == (3, 3)
+    assert [
+        len(record.top) for record in predictor([image.permute(1, 2, 0).numpy() for image in IMAGES])
+    ] == [3] * 3
+
+
+def test_an_unknown_engine_is_refused_with_near_names(model: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean openvino"):
+        open_engine(model, "openvine")
+
+
+def test_int8_without_a_graph_says_how_to_make_one(model: Path) -> None:
+    with pytest.raises(ConfigError, match="vitrail export"):
+        open_engine(model, precision="int8")
+
+
+@pytest.mark.parametrize(("count", "filled"), [(1, 1), (2, 2), (3, 4), (5, 8), (8, 8)])
+def test_batches_are_filled_up_to_a_few_sizes(count: int, filled: int) -> None:
+    batch = torch.randn(count, 3, 2, 2)
+    found = fill(batch)
+    assert len(found) == filled and torch.equal(found[:count], batch)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_compiling_that_fails_falls_back_to_the_plain_network(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(network: Any, **_: Any) -> Any:
+        def call(*_: Any) -> Any:
+            raise RuntimeError("no compiler here")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    engine = TorchEngine(model, precision="fp32", compile=True)
+    assert same(engine, model) and engine.name == "torch"
+    assert "no compiler here" in caplog.text

@@ -1,0 +1,65 @@
+"""Every family that classifies goes to ONNX and OpenVINO with a free batch, and with a free size where it can."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from vitrail.engines.onnx import OnnxEngine
+from vitrail.engines.openvino import OpenVinoEngine
+from vitrail.export.label import Label
+from vitrail.export.onnx import write_onnx
+from vitrail.export.program import capture
+from vitrail.export.wrap import Deployed
+from vitrail.models import registry
+from vitrail.models.classifier import Classifier
+
+FIXED = {"swin"}
+"""Families whose height and width are fixed when they are exported: shapes follow the number of windows."""
+
+
+def tiny(family: str) -> Any:
+    torch.manual_seed(0)
+    module = importlib.import_module(registry.FAMILIES[family])
+    with torch.random.fork_rng():
+        model = registry.from_config(next(iter(module.VARIANTS)), module.TINY)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.abs().max() < 1e-3:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def classifies(family: str) -> bool:
+    module = importlib.import_module(registry.FAMILIES[family])
+    card = registry.default_card(next(iter(module.VARIANTS)), next(iter(module.VARIANTS.values())))
+    return bool(card.task == "image-classification")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("family", [family for family in registry.FAMILIES if classifies(family)])
+def test_a_family_answers_the_same_in_onnx_runtime_and_openvino(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("openvino")
+    model = tiny(family)
+    assert isinstance(model, Classifier)
+    deployed = Deployed(model)
+    program = capture(deployed)
+    assert program.free_size is (family not in FIXED)
+    path = tmp_path / "model.onnx"
+    write_onnx(program, path, Label(card=model.card, free_size=program.free_size))
+    rows, columns = model.config.img_size
+    sizes = [(rows, columns), (2 * rows, columns)] if program.free_size else [(rows, columns)]
+    engines = [OnnxEngine(path), OpenVinoEngine(path)]
+    for batch in (1, 3):
+        for size in sizes:
+            images = torch.randint(0, 256, (batch, model.config.in_chans, *size), dtype=torch.uint8)
+            with torch.inference_mode():
+                wanted = deployed(images)[0]
+            for engine in engines:
+                away = (engine(images) - wanted).abs().max() / wanted.abs().max()
+                assert away <= 1e-4, f"{engine.name}, {batch} of {size}: {away:.1e}"
