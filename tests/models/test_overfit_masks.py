@@ -30,7 +30,7 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
     "fpn pvt": ("fpn_pvt_tiny", {"width": 32, "head_width": 32}),
     "fpn swin": ("fpn_pvt_tiny", {
         "width": 32, "head_width": 32, "norm_maps": True, "backbone": "swin_tiny_patch4_window7_224",
-        "backbone_changes": {"width": 16, "depths": [1, 1, 2, 1], "heads": [1, 2, 4, 8]},
+        "backbone_changes": {"width": 16, "depths": [1, 1, 1, 1], "heads": [1, 2, 4, 8]},
     }),
 }  # fmt: skip
 
@@ -41,6 +41,7 @@ def smooth(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_learns_eight_pictures_by_heart(kind: str) -> None:
     name, changes = NETWORKS[kind]
@@ -52,7 +53,7 @@ def test_learns_eight_pictures_by_heart(kind: str) -> None:
     images, masks = smooth(8, 3), smooth(8, 4).argmax(1)
     masks[:, :4] = 255
     task = Segment("abcd")
-    steps = 400
+    steps = 200 if name.startswith("fpn") else 400
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=steps, pct_start=0.1)
     for step in range(steps):

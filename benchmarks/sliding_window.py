@@ -1,0 +1,114 @@
+"""A picture of 1024 x 512 through segmenters: in one piece, and by sliding window; time and memory.
+
+    python benchmarks/sliding_window.py [MODEL ...] [--repeats 3] [--together 1] [--threads N]
+
+Each network runs in a process of its own; its memory is what the forward adds to the weights (Linux tells). A
+window has the network's input size and moves by two thirds of it. transformers' SegFormer-B0 (random weights, the
+whole picture) runs in the same table, as a network that many people know.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+MODELS = (
+    "setr_naive_base",
+    "setr_pup_base",
+    "trans2seg_medium",
+    "fpn_pvt_v2_b0",
+    "setr_pup_nano",
+    "trans2seg_nano",
+)
+SIZE = (512, 1024)
+PEER = "transformers SegFormer-B0"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--together", type=int, default=1, help="windows that go through the network at once")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--one", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    if given.one:
+        print(row(given.one, given.repeats, given.together))
+        return
+    print(f"{SIZE[1]} x {SIZE[0]}, float32, {torch.get_num_threads()} threads, best of {given.repeats}")
+    print(f"{'network':28} {'parameters':>10}  {'way':24} {'seconds':>8} {'MB above weights':>20}")
+    for model in [*given.models, PEER]:
+        for way in ("whole", "slide") if model != PEER else ("whole",):
+            command = [sys.executable, __file__, "--one", f"{model}:{way}", "--repeats", str(given.repeats)]
+            command += ["--together", str(given.together), "--threads", str(given.threads)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            print(done.stdout.strip() or f"{model:28} {done.stderr.strip().splitlines()[-1]}", flush=True)
+
+
+def row(job: str, repeats: int, together: int) -> str:
+    """One line of the table."""
+    name, _, way = job.rpartition(":")
+    torch.manual_seed(0)
+    model, forward, told = peer() if name == PEER else ours(name, way, together)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    image = torch.randn(1, 3, *SIZE)
+    forget_peak()
+    before = resident("VmRSS")
+    taken = []
+    with torch.inference_mode():
+        for _ in range(repeats + 1):  # the first is warm-up
+            start = time.perf_counter()
+            logits = forward(image)
+            taken.append(time.perf_counter() - start)
+    assert tuple(logits.shape[2:]) == SIZE
+    return f"{name:28} {count / 1e6:>8.1f} M  {told:24} {min(taken[1:]):>8.2f} {resident('VmHWM') - before:>20.0f}"
+
+
+def ours(name: str, way: str, together: int) -> tuple[torch.nn.Module, Callable[[Tensor], Tensor], str]:
+    """One of our networks, whole or by window."""
+    from vitrail import create_model
+    from vitrail.tasks.sliding import slide, starts
+
+    model = create_model(name, num_classes=19).eval()
+    window = model.config.img_size
+    if way == "whole":
+        return model, lambda image: model(image).logits, "whole"
+    rows, columns = (starts(side, piece, piece * 2 // 3) for side, piece in zip(SIZE, window, strict=True))
+    told = f"{len(rows)} x {len(columns)} windows {window[1]} x {window[0]}"
+    return model, lambda image: slide(model, image, window, together=together), told
+
+
+def peer() -> tuple[torch.nn.Module, Callable[[Tensor], Tensor], str]:
+    """SegFormer-B0, its logits brought to the picture's size as ours are."""
+    from transformers import SegformerConfig, SegformerForSemanticSegmentation
+
+    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=19)).eval()
+
+    def forward(image: Tensor) -> Tensor:
+        return torch.nn.functional.interpolate(model(image).logits, size=SIZE, mode="bilinear")
+
+    return model, forward, "whole"
+
+
+def resident(word: str) -> float:
+    """VmRSS (now) or VmHWM (the most since the last reset) of this process, in MB; Linux alone tells."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return float(next(line for line in lines if line.startswith(word)).split()[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let VmHWM start again from what is held now: building a network is not what is measured."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
