@@ -170,6 +170,9 @@ class EvaluateRun:
     """Masks: values, besides 255, that are no class; by default as in the model's training."""
     reduce_zero: bool = False
     """Masks: 0 is no class, and 1 is the first; also where the model was trained so."""
+    window: int = 0
+    """Masks: bring a picture's short side to this, keep its shape, and slide the network's input size over it; 0
+    squashes every picture to the input size."""
     output: str | None = None
     """Folder for the report, the confusion matrix and the worst mistakes; by default in the model's run."""
     format: Format = "table"
@@ -182,6 +185,8 @@ class EvaluateRun:
     """auto takes bf16 where the chip computes in it; int8 takes what export --int8 made."""
     engine: EngineName = "auto"
     """What computes; auto takes the quickest that was measured here, and says so."""
+    merge_tokens: int = 0
+    """Plain ViTs: tokens that become one with others in every block; quicker, nearly the same answers."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -196,6 +201,9 @@ class PredictRun:
     """Image files, folders of them, or patterns."""
     top_k: int = 5
     """Classes named for each image."""
+    window: int = 0
+    """Masks: bring a picture's short side to this, keep its shape, and slide the network's input size over it; 0
+    squashes every picture to the input size."""
     threshold: float = 0.5
     """Boxes: the smallest score that is told, 0..1."""
     draw: str | None = None
@@ -212,6 +220,8 @@ class PredictRun:
     """auto takes bf16 where the chip computes in it; int8 takes what export --int8 made."""
     engine: EngineName = "auto"
     """What computes; auto takes the quickest that was measured here, and says so."""
+    merge_tokens: int = 0
+    """Plain ViTs: tokens that become one with others in every block; quicker, nearly the same answers."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -398,6 +408,8 @@ class BenchRun:
     """auto takes bf16 where the chip computes in it."""
     peers: bool = False
     """Measure timm's and transformers' network of the same shape in the same run, in turns."""
+    merge_tokens: int = 0
+    """Plain ViTs: measure inference with so many tokens merged in every block, too."""
     repeats: int = 10
     """Timed rounds; best and median are printed."""
     compile: bool = False

@@ -16,12 +16,14 @@ from vitrail.data.loader import Loader
 from vitrail.data.sources import Source, Splits
 from vitrail.data.transforms import Preprocess
 from vitrail.disk import write_atomically
-from vitrail.engines import Engine, hurry, open_engine
+from vitrail.engines import Engine, open_engine
 from vitrail.engines.artefact import format_of
+from vitrail.engines.sliding import SlidingEngine
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.jobs import evaluate_dense
 from vitrail.jobs.dense_data import kind_for, open_kind
+from vitrail.jobs.opening import asked, ready
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.classify import Classify, ClassMetrics, Mistake, Mistakes
 from vitrail.tasks.draw import NAMED, Tile, confusion_picture, contact_sheet
@@ -82,7 +84,10 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     """
     if run.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {run.batch_size}.")
-    engine = open_engine(run.model, run.engine, device=run.device, precision=run.precision)
+    engine = open_engine(run.model, asked(run), device=run.device, precision=run.precision)
+    if run.window:
+        engine = SlidingEngine(engine, run.window)
+        run = replace(run, batch_size=1)  # a picture alone needs no padding
     if engine.card.task != "image-classification":
         return _dense(run, engine, watch)
     splits = open_kind(
@@ -91,7 +96,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     source, split, notes = _source(run, splits)
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
-    engine = hurry(engine, run.model, run.engine, images=len(source), batch_size=run.batch_size)
+    engine = ready(engine, run, len(source))
     loader = Loader(
         source,
         Preprocess(engine.card.preprocessing),

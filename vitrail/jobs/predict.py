@@ -9,8 +9,8 @@ from typing import Any
 
 from vitrail.data.image import decode
 from vitrail.disk import write_atomically
-from vitrail.engines import hurry
 from vitrail.errors import ConfigError, DataError
+from vitrail.jobs.opening import asked, ready
 from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, index_png
@@ -46,12 +46,10 @@ def predict(run: PredictRun) -> Predictions:
     if not paths:
         raise DataError("There is no image to look at: name files, folders or patterns.")
     predictor = Predictor(
-        run.model, run.engine, run.precision, device=run.device, batch_size=run.batch_size, top_k=run.top_k,
+        run.model, asked(run), run.precision, device=run.device, batch_size=run.batch_size, top_k=run.top_k,
         threshold=run.threshold,
     )  # fmt: skip
-    predictor.engine = hurry(
-        predictor.engine, run.model, run.engine, images=len(paths), batch_size=run.batch_size
-    )
+    predictor.engine = ready(predictor.engine, run, len(paths))
     task = predictor.engine.card.task
     if run.format == "coco" and task != "object-detection":
         raise ConfigError(
