@@ -22,7 +22,7 @@ from vitrail.nn.attention import attend, attention_weights
 from vitrail.nn.block import Mlp
 
 Order = Literal["post", "pre"]
-Bias = Float[Tensor, "B _ _ M"]
+Bias = Float[Tensor, "_ _ _ _"]
 
 
 class QueryAttention(nn.Module):

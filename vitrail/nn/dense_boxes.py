@@ -21,7 +21,7 @@ class ConvTower(nn.Sequential):
         for _ in range(depth):
             layers += [
                 nn.Conv2d(width, width, 3, padding=1),
-                nn.GroupNorm(math.gcd(32, width), width),
+                nn.GroupNorm(math.gcd(32, width // 2), width),
                 nn.ReLU(),
             ]
         super().__init__(*layers)

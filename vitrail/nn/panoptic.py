@@ -30,7 +30,7 @@ class AttentionMaps(nn.Module):
         self,
         content: Float[Tensor, "B Q D"],
         memory: Float[Tensor, "B N D"],
-        bias: Float[Tensor, "B 1 1 N"] | None = None,
+        bias: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Float[Tensor, "B Q H N"]:
         queries = self.query(content).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, E]
         keys = self.key(memory).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, N, E]
@@ -83,7 +83,7 @@ class MaskHead(nn.Module):
         memory: Float[Tensor, "B N D"],
         map: Float[Tensor, "B D h w"],
         finer: Sequence[Tensor],
-        bias: Float[Tensor, "B 1 1 N"] | None = None,
+        bias: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Float[Tensor, "B Q _ _"]:
         """Logits `[B, Q, h', w']` at the last of the finer maps' size.
 
