@@ -120,6 +120,19 @@ def test_the_house_is_bounded_in_pictures_and_bytes() -> None:
     assert (house.images, house.bytes) == (0, 0)
 
 
+def test_who_would_be_late_is_not_let_in() -> None:
+    pace = [5.0]
+    house = Admission(100, 1000, lambda: pace[0], patience=6.0)
+    house.enter(1, 1)  # an empty house takes anybody
+    with pytest.raises(Refusal, match="full"):
+        house.enter(1, 1)
+    pace[0] = 1.0
+    for _ in range(5):
+        house.enter(1, 1)
+    with pytest.raises(Refusal, match="full"):
+        house.enter(1, 1)
+
+
 @pytest.fixture
 def small(folders: tuple[Path, Path]) -> Iterator[Running]:
     """A service that holds few pictures."""

@@ -38,11 +38,13 @@ class Admission:
     Args:
         images: most pictures at once.
         size: most bytes of bodies at once.
-        pace: seconds that one picture takes now, for Retry-After.
+        pace: seconds that one picture takes now.
+        patience: seconds that the last of the pictures may have to wait; who would wait longer is refused at once,
+            since an answer that comes too late costs as much as one in time.
     """
 
-    def __init__(self, images: int, size: int, pace: Callable[[], float]) -> None:
-        self.most_images, self.most_bytes = images, size
+    def __init__(self, images: int, size: int, pace: Callable[[], float], patience: float = 3600.0) -> None:
+        self.most_images, self.most_bytes, self.patience = images, size, patience
         self.images = self.bytes = 0
         self.pace = pace
 
@@ -55,6 +57,8 @@ class Admission:
 
     def room(self, images: int, size: int) -> None:
         """Raise Refusal `full` when so much more does not fit in."""
-        too_many = images > 0 and self.images + images > self.most_images
-        if too_many or (size > 0 and self.bytes + size > self.most_bytes):
+        after = self.images + images
+        too_many = images > 0 and after > self.most_images
+        too_late = images > 0 and self.images > 0 and after * self.pace() > self.patience
+        if too_many or too_late or (size > 0 and self.bytes + size > self.most_bytes):
             raise Refusal("full", retry_after=round(min(30.0, self.images * self.pace())))

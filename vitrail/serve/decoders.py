@@ -66,6 +66,8 @@ class Decoders:
         self.processes: dict[int, int] = {}
         """Place in the pool -> process number, of those that are ready."""
         self.closing = False
+        self.pace = 0.0
+        """Seconds that the pool takes for one picture, smoothed."""
 
     async def start(self) -> None:
         """Start the processes; returns when each is ready."""
@@ -159,7 +161,9 @@ class Decoders:
         except asyncio.CancelledError:
             _settle(job, Refusal("draining"))
             raise
-        self.heard("decode", time.monotonic() - begun)
+        spent = time.monotonic() - begun
+        self.pace += 0.1 * (spent / self.count - self.pace)
+        self.heard("decode", spent)
         _settle(job, seen)
         return True
 

@@ -23,6 +23,9 @@ from vitrail.serve.refusals import Refusal
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 0.6
+"""Share of the deadline that a picture may have to wait by what is known when it comes."""
+
 STUCK_SECONDS = 60.0
 """A batch that takes longer is taken for an engine that will never answer."""
 
@@ -56,7 +59,10 @@ class Place:
         """The stamp of a folder that could not be taken over, so that it is tried once and not for ever."""
         run = house.run
         self.admission = Admission(
-            run.queue_images, run.queue_megabytes * 2**20, lambda: self.version.batcher.pace
+            run.queue_images,
+            run.queue_megabytes * 2**20,
+            lambda: self.version.batcher.pace + house.decoders.pace,
+            PATIENCE * run.deadline,
         )
         inside, size = house.metrics.inside, house.metrics.inside_bytes
         inside.labels(name).set_function(lambda: self.admission.images)

@@ -1,0 +1,290 @@
+"""The page in a real browser: drop, paste, choose; bars, reasons, story, attention; by mouse, keyboard and thumb."""
+
+from __future__ import annotations
+
+import base64
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.serve.service import LABELS, Running, picture
+
+pytestmark = pytest.mark.slow
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+CONTRAST = """() => {
+  const light = (text) => { const [r, g, b] = text.match(/[0-9.]+/g).map(Number).map((v) => v / 255)
+    .map((v) => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4); return .2126 * r + .7152 * g + .0722 * b; };
+  const ground = (node) => { for (; node; node = node.parentElement) {
+    const paint = getComputedStyle(node).backgroundColor;
+    if (!/rgba\\(.*, 0\\)/.test(paint)) return light(paint); } return 1; };
+  return [...document.querySelectorAll('p, figcaption, h1, h2, h3, label, button, td, th, a, span.label, span.value')]
+    .filter((node) => node.offsetParent && node.textContent.trim() && !node.disabled)
+    .map((node) => { const [a, b] = [light(getComputedStyle(node).color), ground(node)];
+      return [(Math.max(a, b) + .05) / (Math.min(a, b) + .05), node.textContent.trim().slice(0, 30)]; });
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+class Page:
+    """One page of the service, and everything that went wrong on it."""
+
+    def __init__(self, browser: Any, service: Running, path: str = "/", **options: Any) -> None:
+        self.page = browser.new_page(**{"viewport": {"width": 1200, "height": 900}, **options})
+        self.troubles: list[str] = []
+        here = f"http://127.0.0.1:{service.port}"
+        note = self.troubles.append
+        self.page.on("console", lambda said: note(said.text) if said.type == "error" else None)
+        self.page.on("pageerror", lambda error: note(str(error)))
+        self.page.on(
+            "request",
+            lambda asked: None if asked.url.startswith((here, "data:", "blob:")) else note(asked.url),
+        )
+        self.page.goto(here + path)
+        self.page.wait_for_selector("html[data-ready=yes]")
+
+    def show(self, data: bytes, name: str = "picture.png") -> None:
+        self.page.set_input_files("#file", {"name": name, "mimeType": "image/png", "buffer": data})
+        self.shown()
+
+    def shown(self) -> None:
+        self.page.wait_for_selector("html[data-shown=yes]", timeout=120_000)
+
+    def seek(self, share: float) -> None:
+        self.page.evaluate(
+            """(t) => { const e = document.getElementById('time'); e.value = 1000 * t;
+              e.dispatchEvent(new Event('input')); }""",
+            share,
+        )
+
+    def text(self, selector: str) -> str:
+        return str(self.page.inner_text(selector))
+
+    def painted(self, selector: str) -> int:
+        """How many colours a canvas shows."""
+        script = """(s) => { const c = document.querySelector(s);
+          const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+          return new Set(new Uint32Array(d.buffer)).size; }"""
+        return int(self.page.evaluate(script, selector))
+
+    def close(self) -> None:
+        assert self.troubles == []
+        self.page.close()
+
+
+def test_a_picture_is_answered_explained_and_told(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    data = picture(1, (64, 64))
+    page.show(data)
+    best = service.predict(data).json["results"][0]["predictions"]
+    assert page.text("#verdict").startswith(f"first says {best[0]['label']}, ")
+    shown = [node.inner_text().split("\n") for node in page.page.locator("#answers li").all()]
+    assert [(name, value) for name, value in shown] == [
+        (guess["label"], f"{100 * guess['score']:.{2 if guess['score'] < 0.0095 else 1}f} %")
+        for guess in best
+    ]
+    scenes = []
+    for share in (0.02, 0.2, 0.35, 0.48, 0.7, 0.8, 1.0):
+        page.seek(share)
+        scenes.append(page.text("#scene"))
+        assert page.painted("#stage") > 10
+    assert len(set(scenes)) == 7
+    assert "4 × 4 patches of 8 × 8" in scenes[1] and best[0]["label"] in scenes[-1]
+    assert page.page.locator("#steps tr").count() > 8
+    page.close()
+
+
+def test_methods_and_classes_are_switched_and_scored(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    page.show(picture(2, (64, 64)))
+    assert "relevance for" in page.text("#reasons")
+    with page.page.expect_response(lambda answer: "/explain" in answer.url and "gradcam" in answer.url):
+        page.page.select_option("#method", "gradcam")
+    page.page.wait_for_selector("#reasons h3:has-text('gradcam')")
+    page.page.select_option("#class", str(LABELS.index("elk")))
+    page.page.wait_for_selector("#reasons h3:has-text('elk')")
+    assert page.page.locator("#reasons table").count() == 0
+    page.page.click("#measure")
+    page.page.wait_for_selector("#reasons table", timeout=120_000)
+    assert page.page.locator("#reasons tbody tr").count() == 2
+    page.page.select_option("#method", "rollout")
+    page.page.wait_for_function(
+        "document.querySelector('#reasons h3').textContent.includes('knows no classes')"
+    )
+    page.close()
+
+
+def test_two_models_stand_side_by_side(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    page.page.select_option("#beside", "second")
+    page.show(picture(3, (64, 64)))
+    assert "first says" in page.text("#verdict") and "second says" in page.text("#verdict")
+    assert "agree" in page.text("#verdict")
+    assert page.page.locator("#answers .bars").count() == 2
+    assert page.page.locator("#reasons figure").count() == 2
+    page.close()
+
+
+def test_patches_are_looked_at_by_mouse_and_keyboard(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    page.show(picture(4, (64, 64)))
+    page.page.locator("#patches").scroll_into_view_if_needed()
+    area = page.page.locator("#patches").bounding_box()
+    page.page.mouse.move(area["x"] + 5, area["y"] + 5)
+    assert page.text("#looks-words").startswith("Row 1, column 1")
+    page.page.mouse.click(area["x"] + area["width"] - 5, area["y"] + 5)
+    page.page.mouse.move(area["x"] + 5, area["y"] + 5)
+    assert page.text("#looks-words").startswith("Row 1, column 4")
+    page.page.focus("#patches")
+    page.page.keyboard.press("ArrowDown")
+    assert page.text("#looks-words").startswith("Row 2, column 4")
+    assert "row 2, column 4" in page.page.text_content("#told")
+    page.page.keyboard.press("-")
+    assert page.text("#layer-name") == "1 of 2"
+    page.page.select_option("#head", "2")
+    page.page.click("#tokens button")
+    assert page.text("#looks-words").startswith("The class token attends")
+    assert page.painted("#looks") > 4
+    page.close()
+
+
+def test_pictures_are_dropped_and_pasted(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    script = """([text, kind]) => {
+      const data = new DataTransfer(), bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+      data.items.add(new File([bytes], 'a.png', {type: 'image/png'}));
+      const event = kind === 'drop' ? new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})
+        : new ClipboardEvent('paste', {clipboardData: data, bubbles: true});
+      document.getElementById('drop').dispatchEvent(event);
+    }"""
+    for kind in ("drop", "paste"):
+        page.page.evaluate(script, [base64.b64encode(picture(5)).decode(), kind])
+        page.shown()
+        assert "says" in page.text("#verdict")
+        page.page.evaluate("delete document.documentElement.dataset.shown")
+    page.close()
+
+
+def test_everything_drawn_can_be_saved(browser: Any, service: Running, tmp_path: Path) -> None:
+    page = Page(browser, service, accept_downloads=True)
+    page.show(picture(6, (64, 64)))
+    page.seek(0.7)
+    names = set()
+    for button in page.page.locator("button.save").all():
+        with page.page.expect_download() as download:
+            button.click()
+        path = tmp_path / download.value.suggested_filename
+        download.value.save_as(path)
+        names.add(path.name)
+        assert path.suffix == ".json" or path.read_bytes().startswith(b"\x89PNG")
+    assert names == {"first.json", "first-relevance.png", "first-story.png", "first-patches.png",
+                     "first-attends-to.png", "first-attended-by.png"}  # fmt: skip
+    page.close()
+
+
+def test_a_refusal_is_told_in_words(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    page.page.set_input_files(
+        "#file", {"name": "a.gif", "mimeType": "image/gif", "buffer": b"GIF89a" + b"\0" * 40}
+    )
+    page.page.wait_for_selector("#status:has-text('JPEG, PNG or WebP')")
+    page.show(picture(7))
+    assert page.text("#status") == ""
+    # The browser itself writes down that an answer was a refusal.
+    page.troubles = [trouble for trouble in page.troubles if "415" not in trouble]
+    page.close()
+
+
+def test_all_is_reached_by_keyboard_and_named(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    page.show(picture(8))
+    page.page.evaluate("document.activeElement.blur()")
+    reached = set()
+    for _ in range(40):
+        page.page.keyboard.press("Tab")
+        reached.add(
+            page.page.evaluate("document.activeElement.id || document.activeElement.textContent.trim()")
+        )
+    wanted = {
+        "choose",
+        "shoot",
+        "model",
+        "beside",
+        "method",
+        "class",
+        "measure",
+        "play",
+        "time",
+        "layer",
+        "head",
+        "patches",
+        "theme",
+    }
+    assert wanted <= reached
+    unnamed = page.page.evaluate("""() =>
+      [...document.querySelectorAll('button, select, input:not([hidden]), canvas, img')]
+      .filter((node) => node.offsetParent).filter((node) => !(node.textContent.trim() || node.labels?.length || node.alt
+        || node.getAttribute('aria-label') || node.getAttribute('aria-labelledby'))).map((node) => node.outerHTML)""")
+    assert unnamed == []
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1200])
+def test_it_can_be_read_on_phone_and_desktop(browser: Any, service: Running, scheme: str, width: int) -> None:
+    page = Page(browser, service, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.show(picture(9, (64, 64)))
+    page.seek(1.0)
+    low = [entry for entry in page.page.evaluate(CONTRAST) if entry[0] < 4.5]
+    assert low == []
+    assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.page.click("#theme")
+    assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    page.close()
+
+
+def test_who_wants_no_motion_gets_none(browser: Any, service: Running) -> None:
+    page = Page(browser, service, reduced_motion="reduce")
+    page.show(picture(10))
+    assert page.page.input_value("#time") == "1000"
+    page.close()
+
+
+def test_the_list_of_routes_is_drawn_from_the_openapi_file(browser: Any, service: Running) -> None:
+    page = Page(browser, service, "/docs")
+    titles = [node.inner_text() for node in page.page.locator("article h2").all()]
+    assert "POST /predict" in titles and "POST /v2/models/{name}/infer" in titles
+    page.close()
+
+
+@pytest.mark.skipif(
+    "VITRAIL_PICTURES" not in os.environ, reason="VITRAIL_PICTURES=FOLDER MODEL PICTURE renews them"
+)
+def test_pictures_for_the_docs(browser: Any) -> None:
+    from tests.serve.service import running
+
+    folder, model, file = os.environ["VITRAIL_PICTURES"].split()
+    with running(f"imagenette={model}") as service:
+        for scheme, name in (("light", "page"), ("dark", "page-dark")):
+            page = Page(browser, service, viewport={"width": 1100, "height": 900}, color_scheme=scheme)
+            page.show(Path(file).read_bytes())
+            page.seek(0.78 if scheme == "light" else 0.3)
+            page.page.screenshot(path=f"{folder}/{name}.png", full_page=True)
+            page.close()
