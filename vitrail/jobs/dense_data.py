@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +102,27 @@ def loader_in_order(source: Any, preprocessing: Preprocessing, **options: Any) -
 def rows(batches: Loader) -> Iterator[Any]:
     """The batches without those that only keep processes in step."""
     return (batch for batch in batches if int(batch.indices[0]) >= 0)
+
+
+def why_nothing(metrics: Any, scores: Mapping[str, float]) -> str:
+    """A sentence for boxes whose AP50 is 0 (or below a thousandth): what was found instead. Empty otherwise."""
+    if not scores.get("ap50", 1.0) < 0.001:
+        return ""
+    seen = list(metrics.seen.values())
+    found, truth = sum(len(one.found) for one in seen), sum(len(one.truth) for one in seen)
+    if not found:
+        return f"AP is 0: the network found no box at all, and there are {truth} in {len(seen)} pictures."
+    best = max(float(one.found[:, 4].max()) for one in seen if len(one.found))
+    named = {int(number) for one in seen for number in one.found[:, 5].tolist()}
+    there = {int(number) for one in seen for number in one.truth[:, 4].tolist()}
+    told = "" if named & there else (
+        f" None of the classes that it names ({_names(metrics, named)}) is in the data ({_names(metrics, there)})."
+    )  # fmt: skip
+    return (
+        f"AP is 0: none of the {found} boxes found (highest score {best:.3f}) fits one of the {truth} true ones."
+        f"{told} A network that has hardly been trained does this; else look at the annotations with vitrail data check."
+    )
+
+
+def _names(metrics: Any, numbers: set[int]) -> str:
+    return some(metrics.labels[number] for number in sorted(numbers))

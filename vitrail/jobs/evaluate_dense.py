@@ -16,7 +16,7 @@ from vitrail.data.image import decode
 from vitrail.data.sources import Splits
 from vitrail.errors import DataError
 from vitrail.evaluate import evaluate as run_batches
-from vitrail.jobs.dense_data import kind_for, loader_in_order, open_kind
+from vitrail.jobs.dense_data import kind_for, loader_in_order, open_kind, why_nothing
 from vitrail.jobs.overlays import draw_target
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.choose import choose
@@ -81,6 +81,7 @@ def score(
             watch(done, len(source))
 
     scores = dict(run_batches(engine, loader, metrics, watch=seen))
+    notes += filter(None, [why_nothing(metrics, scores)])
     if loader.skipped:
         notes.append(f"{len(loader.skipped)} of {len(source)} images could not be read and are left out")
     for note in notes:

@@ -24,6 +24,7 @@ from vitrail.jobs import plan as plans
 from vitrail.jobs import training_data as pictures
 from vitrail.jobs import training_keep as keeping
 from vitrail.jobs import training_parts as parts
+from vitrail.jobs.dense_data import why_nothing
 from vitrail.jobs.training_keep import Keeper
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
@@ -248,7 +249,11 @@ class _Job:
 
         batches = pictures.batches_in_order(self.run, source, self.preprocessing, self.runtime, shared)
         total = self.runtime.sum_tensor if shared else None
-        return dict(evaluate(forward, batches, self.task.metrics(), total=total))
+        metrics = self.task.metrics()
+        scores = dict(evaluate(forward, batches, metrics, total=total))
+        if nothing := why_nothing(metrics, scores):
+            self.say(Note(text=nothing, kind="warning"))
+        return scores
 
     # The end
 
