@@ -254,6 +254,8 @@ class ExplainRun:
     """Image files, folders of them, or patterns; with --score also a whole data set."""
     class_: str | None = None
     """Class to explain, by name or number; by default the predicted one."""
+    box: int | None = None
+    """Detectors: which box, counted from the surest; with --class, of that class. By default the first, 0."""
     method: tuple[str, ...] = ()
     """auto, all, or names: attention rollout relevance gradcam integrated_gradients occlusion."""
     score: bool = False

@@ -24,8 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.jobs.bench_dense import dense_loss
 from vitrail.jobs.models import Cost, cost
 from vitrail.models import registry
+from vitrail.models.merging import merge_tokens
 from vitrail.runs import BenchRun
 from vitrail.runtime import Precision, Runtime, choose_device, choose_precision
 
@@ -73,6 +75,7 @@ class Subject:
     device: str
     precision: Precision
     compile: bool
+    merge_tokens: int = 0
 
 
 def bench(run: BenchRun, watch: Callable[[int, int], None] | None = None) -> Benchmark:
@@ -86,7 +89,11 @@ def bench(run: BenchRun, watch: Callable[[int, int], None] | None = None) -> Ben
     with torch.device("meta"):
         counted = _network(run.model, _size(run.img_size))
     size: tuple[int, int] = counted.config.img_size
-    makers = ["vitrail", *(peers_of(counted) if run.peers else [])]
+    makers = [
+        "vitrail",
+        *(["vitrail, merged"] if run.merge_tokens else []),
+        *(peers_of(counted) if run.peers else []),
+    ]
     subjects = [
         Subject(
             maker=maker,
@@ -96,15 +103,17 @@ def bench(run: BenchRun, watch: Callable[[int, int], None] | None = None) -> Ben
             device=str(device),
             precision=precision,
             compile=run.compile,
+            merge_tokens=run.merge_tokens if maker == "vitrail, merged" else 0,
         )
         for maker in makers
     ]
     modes: tuple[Mode, ...] = ("inference", "train") if run.mode == "both" else (run.mode,)
-    total, done = len(modes) * len(subjects) * (run.repeats + 1), 0
+    turns = {mode: [one for one in subjects if mode == "inference" or not one.merge_tokens] for mode in modes}
+    total, done = sum(map(len, turns.values())) * (run.repeats + 1), 0
     speeds: list[Speed] = []
-    for mode in modes:
-        rounds = [_round(subject, mode) for subject in subjects]
-        times: list[list[float]] = [[] for _ in subjects]
+    for mode, present in turns.items():
+        rounds = [_round(subject, mode) for subject in present]
+        times: list[list[float]] = [[] for _ in present]
         for repeat in range(run.repeats + 1):
             for one_round, kept in zip(rounds, times, strict=True):
                 seconds = _timed(one_round, device)
@@ -113,7 +122,7 @@ def bench(run: BenchRun, watch: Callable[[int, int], None] | None = None) -> Ben
                 if watch is not None:
                     watch(done, total)
         del rounds
-        for subject, kept in zip(subjects, times, strict=True):
+        for subject, kept in zip(present, times, strict=True):
             best, middle = subject.batch_size / min(kept), subject.batch_size / statistics.median(kept)
             speeds.append(Speed(subject.maker, mode, best, middle, _memory_apart(subject, mode)))
     return Benchmark(
@@ -159,8 +168,10 @@ def _in_transformers(model: Any) -> bool:
 def build(subject: Subject) -> nn.Module:
     """The contender's network with random weights on its device; its output is logits, or has them."""
     torch.manual_seed(0)
-    if subject.maker == "vitrail":
+    if subject.maker.startswith("vitrail"):
         model: nn.Module = _network(subject.model, subject.img_size)
+        if subject.merge_tokens:
+            model = merge_tokens(model, subject.merge_tokens)
     elif subject.maker == "timm":
         import timm
 
@@ -218,7 +229,7 @@ def _round(subject: Subject, mode: Mode) -> Callable[[], object]:
     model = build(subject)
     device = torch.device(subject.device)
     runtime = Runtime(device=device, precision=subject.precision)
-    channels = 3 if subject.maker != "vitrail" else int(model.config.in_chans)  # type: ignore[union-attr, arg-type]
+    channels = 3 if not subject.maker.startswith("vitrail") else int(model.config.in_chans)  # type: ignore[union-attr, arg-type]
     images = torch.randn(subject.batch_size, channels, *subject.img_size, device=device)
     if mode == "inference":
         model.eval()
@@ -229,20 +240,28 @@ def _round(subject: Subject, mode: Mode) -> Callable[[], object]:
 
         return infer
     model.train()
-    with torch.no_grad():
-        classes = _logits(model(images[:1])).shape[1]
-    targets = torch.randint(classes, (subject.batch_size,), device=device)
+    loss_of = _loss(model, images)
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)
 
     def step() -> float:
         with runtime.autocast():
-            loss = F.cross_entropy(_logits(model(images)).float(), targets)
+            loss = loss_of(model(images))
         torch.autograd.backward(loss)
         optimiser.step()
         optimiser.zero_grad()
         return float(loss.detach())
 
     return step
+
+
+def _loss(model: nn.Module, images: Tensor) -> Callable[[Any], Tensor]:
+    """The loss of a network's answer to these images, against targets drawn once."""
+    if getattr(getattr(model, "card", None), "task", "image-classification") != "image-classification":
+        return dense_loss(model, images)
+    with torch.no_grad():
+        classes = _logits(model(images[:1])).shape[1]
+    targets = torch.randint(classes, (len(images),), device=images.device)
+    return lambda output: F.cross_entropy(_logits(output).float(), targets)
 
 
 def _logits(output: Any) -> Tensor:
@@ -266,7 +285,7 @@ def _memory_apart(subject: Subject, mode: Mode) -> int:
 
 def _memory(subject: Subject, mode: Mode) -> int:
     device = torch.device(subject.device)
-    if subject.maker != "vitrail":
+    if not subject.maker.startswith("vitrail"):
         __import__(subject.maker)  # the package itself is not what is measured
     if device.type == "cuda":
         for _ in range(2):

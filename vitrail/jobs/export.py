@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vitrail import __version__
+import vitrail
 from vitrail.data.image import decode
 from vitrail.data.sample import photographs
 from vitrail.data.sources import Source, open_splits
@@ -106,7 +106,12 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     try:
         built, label, proof = _built(run, work, program, label, reference, pictures, watch)
         proof_file = proof_path(target)
-        about = {"artefact": target.name, "format": run.format, "vitrail": __version__, "model": run.model}
+        about = {
+            "artefact": target.name,
+            "format": run.format,
+            "vitrail": vitrail.__version__,
+            "model": run.model,
+        }
         about |= {"quantisation": dict(label.quantisation), "torch": torch.__version__}
         write_proof(proof_file, proof, about)
         if not proof.passed:

@@ -1,4 +1,4 @@
-"""A network from what a person names: a folder, or an architecture with random weights, of which that is said."""
+"""From what a person names to what computes: a network for the verbs that look inside, an engine for the others."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from vitrail.engines import Engine, hurry
 from vitrail.errors import ModelError
 from vitrail.models.registry import create_model, from_pretrained, is_model
+from vitrail.runs import EvaluateRun, PredictRun
 from vitrail.weights.folder import model_folder
 
 logger = logging.getLogger(__name__)
@@ -27,3 +29,17 @@ def open_network(model: str) -> tuple[Any, str]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return create_model(model), "random weights: what is shown means nothing"
+
+
+def asked(run: EvaluateRun | PredictRun) -> str:
+    """The engine that a run asks for; where tokens are merged, auto means torch."""
+    return "torch" if run.merge_tokens and run.engine == "auto" else run.engine
+
+
+def ready(engine: Engine, run: EvaluateRun | PredictRun, images: int) -> Engine:
+    """The engine for so many pictures: with merged tokens if the run wants them, else a quicker one if it pays."""
+    if run.merge_tokens:
+        from vitrail.engines.merging import merging
+
+        return merging(engine, run.merge_tokens)
+    return hurry(engine, run.model, run.engine, images=images, batch_size=run.batch_size)
