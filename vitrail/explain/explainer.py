@@ -8,7 +8,7 @@ import threading
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,9 +31,12 @@ from vitrail.explain.methods import (
     methods_for,
 )
 from vitrail.explain.occlusion import finest_stride, region_grid
-from vitrail.explain.overlay import Pixels, on_picture, overlay
+from vitrail.explain.overlay import Pixels, on_picture, outlined, overlay
+from vitrail.explain.questions import Asked, box_question, region_question
 from vitrail.explain.still import held_still
+from vitrail.tasks.choose import choose as choose_task
 from vitrail.tasks.classify import Classify, Prediction
+from vitrail.tasks.detect import Detect
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +48,15 @@ STEPS = 10
 
 CHANCES = 3
 """Random maps that a single picture's score is set beside."""
+
+
+class Subject(NamedTuple):
+    """What is explained: a class, its probability, and the whole answer."""
+
+    number: int
+    score: float
+    prediction: Prediction
+    outline: tuple[float, float, float, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +86,8 @@ class Explanation:
     """Deletion and insertion for each fill; empty unless asked for."""
     controls: dict[str, dict[str, Score]] = field(default_factory=dict)
     """The same for maps that know nothing: by fill, then random and centre."""
+    outline: tuple[float, float, float, float] | None = None
+    """The box that is explained, x1, y1, x2, y2 in shares of what the network saw; None where none is."""
 
     @property
     def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -85,8 +99,21 @@ class Explanation:
         return on_picture(self.shown, self.geometry)
 
     def overlay(self) -> Pixels:
-        """The map over the picture, uint8 [H, W, 3] at the picture's size."""
-        return overlay(self.picture, self.on_picture())
+        """The map over the picture, uint8 [H, W, 3] at the picture's size, with the box that is explained."""
+        drawn = overlay(self.picture, self.on_picture())
+        return drawn if self.corners is None else outlined(drawn, self.corners)
+
+    @property
+    def corners(self) -> tuple[float, float, float, float] | None:
+        """The box that is explained, x1, y1, x2, y2 in pixels of the upright picture."""
+        if self.outline is None:
+            return None
+        (rows, columns), place = self.geometry.output, self.geometry
+        x1, y1, x2, y2 = self.outline
+        return (
+            x1 * columns * place.scale_x + place.shift_x, y1 * rows * place.scale_y + place.shift_y,
+            x2 * columns * place.scale_x + place.shift_x, y2 * rows * place.scale_y + place.shift_y,
+        )  # fmt: skip
 
     @property
     def shown(self) -> Heat:
@@ -128,6 +155,7 @@ class Explanation:
             "index": self.target,
             "score": self.score,
             "predicted": self.prediction.label,
+            "box": None if self.corners is None else [round(corner, 2) for corner in self.corners],
             "units": self.heat.units,
             "where": self.heat.where,
             "elsewhere": None if elsewhere is None else round(float(elsewhere[0]), 6),
@@ -163,9 +191,13 @@ class Explainer:
     def __init__(self, model: str | Path | nn.Module, *, device: str = "auto") -> None:
         self.engine = TorchEngine(model, device=device, precision="fp32")
         self.network: nn.Module = self.engine.network
+        """The network that methods look into: a detector or segmenter is asked about one box or region."""
         self.labels = self.engine.card.labels or tuple(
             f"class {index}" for index in range(self.engine.classes)
         )
+        task = self.engine.card.task
+        if task != "image-classification":
+            self.network = Asked(self.network, choose_task(task, self.labels))
         self._lock = threading.Lock()
 
     @property
@@ -220,12 +252,13 @@ class Explainer:
         head: int | None = None,
         token: str = "",
         steps: int = 32,
+        box: int | None = None,
     ) -> Explanation:
-        """Explain one picture.
+        """Explain one picture: its class, one of its boxes, or the region of one of its classes.
 
         Args:
             image: a path, the bytes of an image file, a PIL image, a uint8 array [H, W, 3] or tensor [3, H, W].
-            target: the class, by name or number; the predicted one by default.
+            target: the class, by name or number; the predicted one by default, and in masks the largest.
             method: auto, or one of `methods`.
             score: measure deletion and insertion, beside a random map's and the centre's.
             seed: of the random maps that the score is set beside.
@@ -233,6 +266,7 @@ class Explainer:
             pixels: what the network sees, [C, h, w], where it has been prepared already; `image` is then only drawn
                 on, and may be smaller than the picture that was prepared.
             layer, head, token, steps: see `methods.Options`.
+            box: of a detector, which box, counted from the surest (of the target, if there is one): 0 by default.
 
         Raises:
             ImageError: the picture cannot be read. ConfigError: an unknown class, method, layer, head or token.
@@ -246,10 +280,8 @@ class Explainer:
         pixels = self.preprocess(picture) if pixels is None else pixels
         with self._lock:
             images = normalise(pixels[None].to(self.device), self.engine.card.preprocessing)
-            with held_still(self.network), torch.no_grad():
-                logits = self.network(images)
-            prediction = Classify(self.labels).decode(logits, top_k=5, sources=[name])[0]
-            number = int(logits[0].argmax()) if target is None else self.class_number(target)
+            subject = self._subject(images, target, box, name)
+            number = subject.number
             heat = heat_of(self.network, images, [number], method, options)
             faithfulness, controls = self._scores(images, heat, number, seed) if score else ({}, {})
         return Explanation(
@@ -258,8 +290,8 @@ class Explainer:
             method=method,
             target=number,
             label=self.labels[number],
-            score=float(logits[0].float().softmax(dim=0)[number]),
-            prediction=prediction,
+            score=subject.score,
+            prediction=subject.prediction,
             class_specific=METHODS[method].class_specific,
             heat=heat,
             picture=picture,
@@ -268,7 +300,40 @@ class Explainer:
             regions=self.regions,
             faithfulness=faithfulness,
             controls=controls,
+            outline=subject.outline,
         )
+
+    def _subject(self, images: Tensor, target: str | int | None, box: int | None, name: str) -> Subject:
+        """What is explained about one image: a class of the whole, a box, or the region of a class."""
+        wanted = None if target is None else self.class_number(target)
+        if isinstance(self.network, Asked):
+            return self._asked(self.network, images, wanted, box, name)
+        if box is not None:
+            raise ConfigError("box goes with detectors; this model gives no boxes. Leave it out.")
+        with held_still(self.network), torch.no_grad():
+            logits = self.network(images)
+        return self._answered(logits, wanted, name)
+
+    def _answered(self, logits: Tensor, wanted: int | None, name: str) -> Subject:
+        prediction = Classify(self.labels).decode(logits, top_k=5, sources=[name])[0]
+        number = int(logits[0].argmax()) if wanted is None else wanted
+        return Subject(number, float(logits[0].float().softmax(dim=0)[number]), prediction)
+
+    def _asked(self, asked: Asked, images: Tensor, wanted: int | None, box: int | None, name: str) -> Subject:
+        """The question about a detector's box or a segmenter's region, and the answer to it."""
+        with held_still(asked), torch.no_grad():
+            output = asked.network(images)
+        outline = None
+        if isinstance(asked.task, Detect):
+            number, outline = box_question(asked, output, wanted, box or 0, self.labels)
+            wanted = number
+        elif box is not None:
+            raise ConfigError("box goes with detectors; this model gives every pixel a class. Leave it out.")
+        else:
+            wanted = region_question(asked, output, wanted, self.labels)
+        answer = asked.answer(output)[:, : len(self.labels)]
+        rest = self._answered(answer, wanted, name)
+        return rest._replace(score=float(answer[0].exp()[wanted]), outline=outline)
 
     def _scores(
         self, images: Tensor, heat: Heat, target: int, seed: int

@@ -15,6 +15,7 @@ from vitrail.explain.gates import gated, gates_of
 from vitrail.explain.gradients import gradcam, integrated_gradients
 from vitrail.explain.heat import Heat
 from vitrail.explain.occlusion import occlusion
+from vitrail.explain.questions import Asked, query_attention, question_gradcam, reader_of
 from vitrail.explain.rollout import attention, relevance, rollout
 
 
@@ -52,6 +53,8 @@ class Method(NamedTuple):
 
 
 def _no_attention(network: nn.Module) -> str:
+    if isinstance(network, Asked):
+        return "" if reader_of(network) is not None else "no query of it looks at one whole map"
     if mixers_of(network) or gates_of(network):
         return ""
     return "it has no attention that can be written down, and no gates"
@@ -59,13 +62,25 @@ def _no_attention(network: nn.Module) -> str:
 
 def _attention(network: nn.Module, images: Tensor, targets: Sequence[int] | Tensor, options: Options) -> Heat:
     """Weights where there are some, else what the channel gates let through."""
+    if isinstance(network, Asked):
+        return query_attention(network, images, targets)
     if mixers_of(network):
         return attention(network, images, options.layer, options.head, options.token)
     return gated(network, images, options.layer)
 
 
+def _gradcam(network: nn.Module, images: Tensor, targets: Sequence[int] | Tensor, options: Options) -> Heat:
+    if not isinstance(network, Asked):
+        return gradcam(network, images, targets, options.layer)
+    if options.layer is not None:
+        raise ConfigError("For boxes and masks gradcam takes no layer: it reads all maps of the backbone.")
+    return question_gradcam(network, images, targets)
+
+
 def _no_chain(network: nn.Module) -> str:
     """Rollout and relevance follow tokens through every block: each must say how it mixes them."""
+    if isinstance(network, Asked):
+        return "its boxes or masks hang on more than one chain of tokens"
     blocks = blocks_of(network)
     if not blocks:
         return "it is not made of blocks whose attention could be followed"
@@ -103,7 +118,7 @@ METHODS: dict[str, Method] = {
         True, frozenset({"token"}), _no_chain, lambda to: 2.7,
     ),
     "gradcam": Method(
-        lambda net, images, targets, to: gradcam(net, images, targets, to.layer),
+        _gradcam,
         True, frozenset({"layer"}), _nothing, lambda to: 1.2,
     ),
     "integrated_gradients": Method(

@@ -19,13 +19,14 @@ from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
-from vitrail.errors import ConfigError, DataError
+from vitrail.errors import ConfigError, DataError, UnsupportedError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation
 from vitrail.explain.explorer import explorer
 from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
+from vitrail.explain.questions import Asked
 from vitrail.explain.still import held_still
 from vitrail.explain.trial import Trial, cost, trial
 from vitrail.jobs.opening import open_network
@@ -89,6 +90,11 @@ def score(run: ExplainRun, watch: Callable[[int, int], None] | None = None) -> S
     Raises what `explain` raises.
     """
     explainer, options, _ = _opened(run)
+    if isinstance(explainer.network, Asked):
+        raise UnsupportedError(
+            f"{explainer.name} gives boxes or masks: methods are put on trial over a data set for classifiers only."
+            " Name pictures: `vitrail explain MODEL PICTURE --score` scores the map of one box or region."
+        )
     return _tried(run, explainer, options, watch)
 
 
@@ -121,7 +127,7 @@ def _explained(
     for path in paths:
         found = [
             explainer(
-                path, run.class_, method, score=run.score, seed=run.seed,
+                path, run.class_, method, score=run.score, seed=run.seed, box=run.box,
                 **{name: getattr(run, name) for name in ("layer", "head", "token", "steps")
                    if name in METHODS[method].takes},
             )
@@ -139,7 +145,7 @@ def _explained(
         files += _write(
             folder / "explanation.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
         )
-        if run.page and mixers_of(explainer.network):
+        if run.page and mixers_of(explainer.network) and not isinstance(explainer.network, Asked):
             files += _write(folder / "explain.html", explorer(explainer, found, note).encode())
         yield Explained(explanations=tuple(found), files=tuple(files))
 
@@ -202,19 +208,20 @@ def _announce(explainer: Explainer, count: float, what: str) -> None:
         torch.zeros(8, wanted.in_chans, *wanted.input_size, dtype=torch.uint8, device=explainer.device),
         wanted,
     )
-    with held_still(explainer.network), torch.no_grad():
-        explainer.network(images)
+    network = explainer.engine.network
+    with held_still(network), torch.no_grad():
+        network(images)
         begun = time.perf_counter()
-        _wait(explainer.network(images))
+        _wait(network(images))
         seconds = (time.perf_counter() - begun) / len(images)
     logger.info(
         "%s costs about %s forward passes, about %s.", what, f"{count:,.0f}", _duration(count * seconds)
     )
 
 
-def _wait(output: Tensor) -> None:
+def _wait(output: Tensor | tuple[Any, ...]) -> None:
     """Until the device has computed it."""
-    output.sum().item()
+    (output if isinstance(output, Tensor) else output[0]).sum().item()
 
 
 def _duration(seconds: float) -> str:
