@@ -152,7 +152,7 @@ def test_tritons_client_is_content(service: Running, offline: tuple[Predictor, P
     import sys
 
     files = [picture(seed) for seed in range(3)]
-    script = Path(__file__).with_name("triton.py")
+    script = Path(__file__).with_name("asks_with_triton.py")
     texts = [base64.b64encode(data).decode() for data in files]
     ran = subprocess.run(
         [sys.executable, str(script), f"127.0.0.1:{service.port}", "first", *texts],

@@ -123,7 +123,7 @@ def test_methods_and_classes_are_switched_and_scored(browser: Any, service: Runn
     assert page.page.locator("#reasons table").count() == 0
     page.page.click("#measure")
     page.page.wait_for_selector("#reasons table", timeout=120_000)
-    assert page.page.locator("#reasons tbody tr").count() == 2
+    assert page.page.locator("#reasons tbody tr").count() >= 2
     page.page.select_option("#method", "rollout")
     page.page.wait_for_function(
         "document.querySelector('#reasons h3').textContent.includes('knows no classes')"

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from tests.serve.service import Running, picture, running, save_model
-from vitrail.jobs.serve import Warmth
+from vitrail.jobs.serve import Seen, Warmth
 from vitrail.serve.admission import Admission
 from vitrail.serve.batcher import Batcher, Engine
 from vitrail.serve.refusals import Refusal
@@ -36,12 +36,12 @@ class Slow:
         self.batches: list[int] = []
         self.fails = False
 
-    def logits(self, batch: list[Any]) -> Any:
+    def compute(self, batch: list[Any]) -> Any:
         self.batches.append(len(batch))
         time.sleep(self.seconds)
         if self.fails:
             raise RuntimeError("told to")
-        return np.stack([np.array([item.mean()]) for item in batch])
+        return [np.array([seen.pixels.mean()]) for seen in batch]
 
 
 async def batcher_of(model: Slow) -> tuple[Batcher, ThreadPoolExecutor]:
@@ -50,7 +50,7 @@ async def batcher_of(model: Slow) -> tuple[Batcher, ThreadPoolExecutor]:
 
 
 def pixels(value: int) -> Any:
-    return np.full((3, 2, 2), value, dtype=np.uint8)
+    return Seen(np.full((3, 2, 2), value, dtype=np.uint8), (2, 2))
 
 
 def test_batches_grow_while_the_engine_is_busy_and_are_of_the_sizes_allowed() -> None:
@@ -143,13 +143,13 @@ def small(folders: tuple[Path, Path]) -> Iterator[Running]:
 def held(service: Running) -> threading.Event:
     """Keeps the engine busy until the event is set."""
     free = threading.Event()
-    logits = service.house.places["first"].version.served.logits
+    compute = service.house.places["first"].version.served.compute
 
     def wait(batch: Any) -> Any:
         free.wait(30)
-        return logits(batch)
+        return compute(batch)
 
-    service.house.places["first"].version.served.logits = wait
+    service.house.places["first"].version.served.compute = wait
     return free
 
 

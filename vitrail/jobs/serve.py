@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from vitrail.data.transforms import Preprocess
-from vitrail.errors import ConfigError, VitrailError
+from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer, Explanation
 from vitrail.explain.explorer import layers
@@ -34,10 +34,14 @@ from vitrail.explain.poster import shortened
 from vitrail.explain.trace import trace
 from vitrail.predict import Predictor
 from vitrail.tasks.classify import Classify
+from vitrail.tasks.draw_dense import index_png
 from vitrail.weights.files import weight_files
 from vitrail.weights.folder import model_folder
 
 logger = logging.getLogger(__name__)
+
+MOST_MASK_LOGITS = 200_000_000
+"""Numbers behind one mask, pixels times classes: 800 MB."""
 
 WARM_SECONDS = 20.0
 """After so long no larger batch is tried."""
@@ -107,11 +111,14 @@ class Served:
         self.loaded_at = time.time()
         Preprocess(self.card.preprocessing)
         self.warmth = self._warmed(batch_size, exact)
-        network = getattr(self.predictor.engine, "network", None)
-        self.methods: tuple[str, ...] = methods_for(network) if network is not None else ()
+        network: Any = getattr(self.predictor.engine, "network", None)
+        self._explainer: Explainer | None = None
+        if network is None and self.classifies:  # an exported model computes, its own network explains
+            self._explainer = Explainer(self.copy)
+            network = self._explainer.network
+        self.methods: tuple[str, ...] = methods_for(network) if self.classifies else ()
         self.default_method = default_method(network) if self.methods else ""
         self._lock = threading.Lock()
-        self._explainer: Explainer | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -119,19 +126,54 @@ class Served:
         wanted = self.card.preprocessing
         return (wanted.in_chans, *wanted.input_size)
 
-    def logits(self, batch: Sequence[np.ndarray[Any, Any]]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Logits [B, K] of pictures as the network sees them; their number must be one of `warmth.sizes`."""
-        images = torch.from_numpy(np.stack(batch))
-        return self.predictor.forward(images).numpy()
+    @property
+    def classifies(self) -> bool:
+        """Whether answers are classes of whole pictures; else they are boxes or masks."""
+        return self.card.task == "image-classification"
+
+    def compute(self, batch: Sequence[Seen]) -> list[Any]:
+        """What comes of each picture: logits [K], or the record of its boxes or mask.
+
+        The number of pictures must be one of `warmth.sizes`.
+        """
+        if self.classifies:
+            images = torch.from_numpy(np.stack([seen.pixels for seen in batch]))
+            return list(self.predictor.forward(images).numpy())
+        pixels = [torch.from_numpy(np.array(seen.pixels)) for seen in batch]
+        return self.predictor.answer(pixels, [seen.size for seen in batch])
 
     def records(
-        self, logits: Sequence[np.ndarray[Any, Any]], names: Sequence[str], top_k: int
+        self, results: Sequence[Any], names: Sequence[str], top_k: int, mask: bool = False
     ) -> list[dict[str, Any]]:
-        """The records that `vitrail predict` gives for these logits."""
+        """The records that `vitrail predict` gives for what was computed, JSON-ready.
+
+        `mask` adds a segmentation's mask as a PNG of class numbers, in base64.
+        """
+        if not self.classifies:
+            named = [
+                dataclasses.replace(record, source=name) for record, name in zip(results, names, strict=True)
+            ]
+            return [record.to_dict() | (self._mask(record) if mask else {}) for record in named]
         found = self.predictor.task.decode(
-            torch.from_numpy(np.stack(logits)), top_k=min(top_k, len(self.labels)), sources=list(names)
+            torch.from_numpy(np.stack(results)), top_k=min(top_k, len(self.labels)), sources=list(names)
         )
         return [record.to_dict() for record in found]
+
+    def failure(self, name: str, error: str) -> dict[str, Any]:
+        """The record of a picture that has no answer, JSON-ready."""
+        found: dict[str, Any] = self.predictor.failure(name, error).to_dict()
+        return found
+
+    def too_large(self, size: tuple[int, int]) -> bool:
+        """Whether a picture's answer would take more memory than a request may: a mask's logits, at its own size."""
+        logits = size[0] * size[1] * len(self.labels)
+        return self.card.task == "image-segmentation" and logits > MOST_MASK_LOGITS
+
+    def _mask(self, record: Any) -> dict[str, str]:
+        mask = getattr(record, "mask", None)
+        if mask is None:
+            return {}
+        return {"mask": base64.b64encode(index_png(mask.numpy(), len(self.labels))).decode()}
 
     def probabilities(self, logits: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.float32]]:
         """Softmax of logits [B, K], in float32."""
@@ -161,6 +203,14 @@ class Served:
         Which kernel computes a product depends on the shapes, not on the values: a size that keeps the bits of
         noise keeps those of pictures. The rows of a batch are different ones, so a row's place is tried too.
         """
+        if not self.classifies:
+            # Boxes and masks are computed one picture at a time: their pictures differ in size, and padding one to
+            # another's would change its answer.
+            channels, rows, columns = self.input_shape
+            self.compute([Seen(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))])
+            begun = time.perf_counter()
+            self.compute([Seen(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))])
+            return Warmth((1,), 0.0, {1: time.perf_counter() - begun})
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, (most, *self.input_shape), dtype=torch.uint8, generator=generator)
         if not bool(self.predictor.forward(noise[:1]).isfinite().all()):
@@ -183,10 +233,12 @@ class Served:
 
     def explainer(self) -> Explainer:
         """The model once more, in float32, for explanations: made at the first call, from this version's weights."""
+        if not self.classifies:
+            raise UnsupportedError(f"{self.name} finds boxes or masks, which are not explained.")
         with self._lock:
             if self._explainer is None:
-                network = getattr(self.predictor.engine, "network", None)
-                self._explainer = Explainer(self.copy if network is None else copy.deepcopy(network))
+                network: Any = self.predictor.engine
+                self._explainer = Explainer(copy.deepcopy(network.network))
             return self._explainer
 
     def explain(self, seen: Seen, wish: Wish) -> dict[str, Any]:

@@ -10,14 +10,13 @@ from collections.abc import Coroutine, Mapping
 from importlib import resources
 from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 import vitrail
 from vitrail.errors import UserError
-from vitrail.jobs.serve import Seen, Wish
+from vitrail.jobs.serve import Seen, Served, Wish
 from vitrail.serve import body, schema, settings
 from vitrail.serve.gate import Gate, refuse
 from vitrail.serve.house import House, Version
@@ -95,6 +94,7 @@ class Desk:
         """What is in the pictures of a request."""
         query = request.query_params
         top_k = number(query, "top_k", 5, 1, settings.MOST_TOP_K)
+        mask = flag(query, "mask")
         deadline = self.deadline(query)
 
         async def work(version: Version, pictures: list[tuple[str, bytes]]) -> dict[str, Any]:
@@ -102,13 +102,15 @@ class Desk:
             served = version.served
             good = [(name, row) for (name, _), row in zip(pictures, found, strict=True) if _is_row(row)]
             records = iter(
-                served.records([row for _, row in good], [name for name, _ in good], top_k) if good else []
+                served.records([row for _, row in good], [name for name, _ in good], top_k, mask)
+                if good
+                else []
             )
             results = []
             for (name, _), row in zip(pictures, found, strict=True):
                 outcome = row.code if isinstance(row, Refusal) else "answered"
                 self.house.metrics.images.labels(served.name, outcome).inc()
-                results.append(next(records) if _is_row(row) else failed(name, row))
+                results.append(next(records) if _is_row(row) else failed(served, name, row))
             if not good:
                 raise next(row for row in found if isinstance(row, Refusal))
             return {"model": served.name, "version": served.version, "results": results}
@@ -185,15 +187,15 @@ class Desk:
         finally:
             ticket.release()
 
-    async def look(
-        self, version: Version, pictures: list[tuple[str, bytes]], deadline: float
-    ) -> list[np.ndarray[Any, Any] | Refusal]:
-        """Logits of every picture, or why there are none."""
+    async def look(self, version: Version, pictures: list[tuple[str, bytes]], deadline: float) -> list[Any]:
+        """What the model computes of every picture, or the Refusal that says why it does not."""
 
-        async def one(name: str, data: bytes) -> np.ndarray[Any, Any] | Refusal:
+        async def one(name: str, data: bytes) -> Any:
             try:
                 seen = await self.decoded(version, name, data, deadline)
-                return await version.batcher.submit(seen.pixels, deadline)
+                if version.served.too_large(seen.size):
+                    raise Refusal("picture_too_large")
+                return await version.batcher.submit(seen, deadline)
             except Refusal as refusal:
                 return refusal
 
@@ -268,10 +270,9 @@ def answer(value: Any, version: Version | None = None, status: int = 200) -> Res
     return Response(text, status, headers, media_type="application/json")
 
 
-def failed(name: str, refusal: Any) -> dict[str, Any]:
+def failed(served: Served, name: str, refusal: Any) -> dict[str, Any]:
     """The record of a picture that could not be answered, among others that could."""
-    nothing = {"label": None, "index": None, "score": None, "predictions": []}
-    return {"source": name, **nothing, "error": refusal.text, "code": refusal.code}
+    return {**served.failure(name, refusal.text), "code": refusal.code}
 
 
 def number(query: Mapping[str, str], name: str, default: int, low: int, high: int) -> int:

@@ -15,23 +15,19 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from vitrail.jobs.serve import Served
+from vitrail.jobs.serve import Seen, Served
 from vitrail.serve.refusals import Refusal
 
 logger = logging.getLogger(__name__)
-
-Array = np.ndarray[Any, Any]
 
 
 @dataclass
 class Waiting:
     """One picture, ready for the network."""
 
-    pixels: Array
+    seen: Seen
     deadline: float
-    done: asyncio.Future[Array]
+    done: asyncio.Future[Any]
     since: float
 
 
@@ -74,10 +70,10 @@ class Batcher:
         """Seconds a picture takes, smoothed; the warm-up's to begin with."""
         self.task = asyncio.create_task(self._run())
 
-    async def submit(self, pixels: Array, deadline: float) -> Array:
-        """The logits [K] of one picture. Raises Refusal; may be cancelled at any time."""
-        done: asyncio.Future[Array] = asyncio.get_running_loop().create_future()
-        self.waiting.append(Waiting(pixels, deadline, done, time.monotonic()))
+    async def submit(self, seen: Seen, deadline: float) -> Any:
+        """What the model computes of one picture. Raises Refusal; may be cancelled at any time."""
+        done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.waiting.append(Waiting(seen, deadline, done, time.monotonic()))
         self.work.set()
         return await done
 
@@ -120,7 +116,7 @@ class Batcher:
         for item in batch:
             self.heard("queue", begun - item.since)
         try:
-            logits = await self.engine.run(lambda: self.served.logits([item.pixels for item in batch]))
+            found = await self.engine.run(lambda: self.served.compute([item.seen for item in batch]))
         except asyncio.CancelledError:
             _refuse(batch, "draining")
             raise
@@ -132,9 +128,9 @@ class Batcher:
         self.pace += 0.1 * (spent / len(batch) - self.pace)
         self.heard("infer", spent)
         self.heard("batch", len(batch))
-        for item, row in zip(batch, logits, strict=True):
+        for item, result in zip(batch, found, strict=True):
             if not item.done.done():
-                item.done.set_result(row)
+                item.done.set_result(result)
 
 
 def _refuse(batch: list[Waiting], code: str) -> None:

@@ -1,7 +1,8 @@
 """The Open Inference Protocol, version 2, so that KServe's, Triton's and other clients speak with the service.
 
 A model takes either `pictures` (BYTES [n], files) or `pixels` (UINT8 [n, C, h, w], as its preprocessing makes them),
-and answers `logits`, `probabilities` (FP32 [n, K]), `index` (INT64 [n]) and `label` (BYTES [n]). Tensors stand in the
+and answers `logits`, `probabilities` (FP32 [n, K]), `index` (INT64 [n]) and `label` (BYTES [n]). A model that finds
+boxes or masks takes `pictures` alone, and answers `records` (BYTES [n]): one JSON a picture. Tensors stand in the
 JSON, or behind it in binary (the protocol's binary extension). Pictures within JSON are base64.
 """
 
@@ -19,12 +20,13 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 import vitrail
-from vitrail.jobs.serve import Served
+from vitrail.jobs.serve import Seen, Served
 from vitrail.serve import body, schema
 from vitrail.serve.house import Place, Version
 from vitrail.serve.refusals import Refusal
 
 OUTPUTS = {"logits": "FP32", "probabilities": "FP32", "index": "INT64", "label": "BYTES"}
+DENSE_OUTPUTS = {"records": "BYTES"}
 LENGTH_HEADER = "inference-header-content-length"
 
 
@@ -75,7 +77,13 @@ class Routes:
         """Names, types and shapes of a model's tensors."""
         served = self._place(name, version).version.served
         classes = len(served.labels)
-        shapes = {"logits": [-1, classes], "probabilities": [-1, classes], "index": [-1], "label": [-1]}
+        shapes = {
+            "records": [-1],
+            "logits": [-1, classes],
+            "probabilities": [-1, classes],
+            "index": [-1],
+            "label": [-1],
+        }
         return _answer(
             {
                 "name": name,
@@ -84,9 +92,10 @@ class Routes:
                 "inputs": [
                     {"name": "pictures", "datatype": "BYTES", "shape": [-1]},
                     {"name": "pixels", "datatype": "UINT8", "shape": [-1, *served.input_shape]},
-                ],
+                ][: 2 if served.classifies else 1],
                 "outputs": [
-                    {"name": out, "datatype": kind, "shape": shapes[out]} for out, kind in OUTPUTS.items()
+                    {"name": out, "datatype": kind, "shape": shapes[out]}
+                    for out, kind in outputs_of(served).items()
                 ],
             }
         )
@@ -112,9 +121,9 @@ class Routes:
                 ticket.resize(len(batch), len(data))
                 state.update(images=len(batch), bytes=len(data), version=current.served.version)
                 deadline = time.monotonic() + _timeout(order, house.run.deadline)
-                logits = await unless_left(request, self._logits(current, batch, deadline))
+                found = await unless_left(request, self._computed(current, batch, deadline))
                 house.metrics.images.labels(name, "answered").inc(len(batch))
-                return _outputs(order, current.served, logits)
+                return _outputs(order, current.served, found)
         finally:
             ticket.release()
 
@@ -124,23 +133,30 @@ class Routes:
             raise Refusal("no_such_model")
         return place
 
-    async def _logits(
+    async def _computed(
         self, version: Version, batch: list[bytes] | np.ndarray[Any, Any], deadline: float
-    ) -> np.ndarray[Any, Any]:
+    ) -> list[Any]:
         if isinstance(batch, list):
             found = await self.desk.look(version, [("image", data) for data in batch], deadline)
         else:
+            size = (batch.shape[2], batch.shape[3])
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     found = await asyncio.gather(
-                        *(version.batcher.submit(row, deadline) for row in batch), return_exceptions=True
+                        *(version.batcher.submit(Seen(row, size), deadline) for row in batch),
+                        return_exceptions=True,
                     )
             except TimeoutError:
                 raise Refusal("deadline") from None
         for row in found:
             if isinstance(row, BaseException):
                 raise row
-        return np.stack(found)
+        return list(found)
+
+
+def outputs_of(served: Served) -> dict[str, str]:
+    """Names and types of what a model answers."""
+    return OUTPUTS if served.classifies else DENSE_OUTPUTS
 
 
 def _split(headers: dict[str, str], data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -196,7 +212,7 @@ def _batch(order: dict[str, Any], binary: bytes, served: Served) -> list[bytes] 
         if len(pictures) != shape[0]:
             raise Refusal("bad_tensor")
         return pictures
-    if kind == ("pixels", "UINT8") and tuple(shape[1:]) == served.input_shape:
+    if kind == ("pixels", "UINT8") and served.classifies and tuple(shape[1:]) == served.input_shape:
         count = int(np.prod(shape, dtype=np.int64))
         values = (
             np.frombuffer(binary, dtype=np.uint8)
@@ -260,19 +276,29 @@ def _flatten(data: Any, into: list[Any], most: int) -> None:
             raise Refusal("bad_tensor")
 
 
-def _outputs(order: dict[str, Any], served: Served, logits: np.ndarray[Any, Any]) -> Response:
-    """The outputs that were asked for, in JSON or behind it."""
+def _values(served: Served, found: list[Any]) -> dict[str, Any]:
+    """Every output by its name: an array, or a list of texts."""
+    if not served.classifies:
+        records = served.records(found, ["image"] * len(found), 1)
+        return {"records": [json.dumps(record, ensure_ascii=False) for record in records]}
+    logits = np.stack(found)
     index = logits.argmax(axis=1)
-    values: dict[str, Any] = {
+    return {
         "logits": logits.astype("<f4"),
         "probabilities": served.probabilities(logits).astype("<f4"),
         "index": index.astype("<i8"),
         "label": [served.labels[at] for at in index],
     }
+
+
+def _outputs(order: dict[str, Any], served: Served, found: list[Any]) -> Response:
+    """The outputs that were asked for, in JSON or behind it."""
+    values = _values(served, found)
+    everywhere = bool(_parameters(order).get("binary_data_output", False))
     wanted = order.get("outputs")
     everywhere = bool(_parameters(order).get("binary_data_output", False))
     if wanted is None:
-        wanted = [{"name": name} for name in OUTPUTS]
+        wanted = [{"name": name} for name in values]
     if not isinstance(wanted, list) or not all(isinstance(one, dict) for one in wanted):
         raise Refusal("bad_json")
     told, blobs = [], []
@@ -282,7 +308,7 @@ def _outputs(order: dict[str, Any], served: Served, logits: np.ndarray[Any, Any]
             raise Refusal("bad_tensor")
         value = values[name]
         shape = list(value.shape) if isinstance(value, np.ndarray) else [len(value)]
-        entry: dict[str, Any] = {"name": name, "datatype": OUTPUTS[name], "shape": shape}
+        entry: dict[str, Any] = {"name": name, "datatype": outputs_of(served)[name], "shape": shape}
         if _parameters(one).get("binary_data", everywhere):
             blob = value.tobytes() if isinstance(value, np.ndarray) else _packed(value)
             entry["parameters"] = {"binary_data_size": len(blob)}

@@ -31,13 +31,19 @@ BODY = {
 NUMBER = {"type": ["number", "null"]}
 RECORD = {
     "type": "object",
-    "required": ["source", "predictions", "error"],
+    "required": ["source", "error"],
+    "description": "predictions of a classifier, detections of a detector, classes of a segmenter",
     "properties": {
         "source": {"type": "string"},
         "label": {"type": ["string", "null"]},
         "index": {"type": ["integer", "null"]},
         "score": NUMBER,
         "predictions": {"type": "array", "items": {"type": "object"}},
+        "detections": {"type": "array", "items": {"type": "object"}},
+        "classes": {"type": "array", "items": {"type": "object"}},
+        "height": {"type": ["integer", "null"]},
+        "width": {"type": ["integer", "null"]},
+        "mask": {"type": "string", "description": "PNG of class numbers, base64"},
         "error": {"type": ["string", "null"]},
         "code": {"type": "string"},
     },
@@ -121,6 +127,7 @@ PREDICT = _route(
     parameters=[
         MODEL,
         _query("top_k", "Classes for each picture.", type="integer", minimum=1, maximum=1000, default=5),
+        _query("mask", "Add the mask of a segmentation.", type="boolean", default=False),
         DEADLINE,
     ],
     body=BODY,

@@ -1,19 +1,30 @@
 // Boxes and masks over the picture, for models that find them.
-import { element, css, load } from "./drawing.js";
+import { load } from "./drawing.js";
 
-export async function drawFindings(record, image) {
-  image.parentElement.querySelector("canvas")?.remove();
-  const boxes = record.boxes ?? [];
-  if (!boxes.length && !record.mask) return;
+const COLOURS = ["#e64b35", "#2ea043", "#2f6fd6", "#f5a623", "#9b51e0", "#00a8b5", "#e954a4", "#7c5c3c", "#a0c428", "#5a5ac8", "#ff7f66", "#00785a", "#7896b4", "#c8aa00"];
+
+export async function drawFindings(record, image, figure) {
+  figure.hidden = !(record.detections || record.mask);
+  if (figure.hidden) return;
   await image.decode().catch(() => null);
-  const canvas = element("canvas", { width: image.naturalWidth, height: image.naturalHeight, role: "img", ariaLabel: `${boxes.length} boxes` });
-  const context = canvas.getContext("2d");
-  if (record.mask) { context.globalAlpha = .55; context.imageSmoothingEnabled = false; context.drawImage(await load(`data:image/png;base64,${record.mask}`), 0, 0, canvas.width, canvas.height); context.globalAlpha = 1; }
-  const line = Math.max(1.5, canvas.width / 220);
-  for (const box of boxes) {
-    const [x, y, w, h] = box.bbox, paint = css("like", (box.category_id * 67) % 256);
-    context.lineWidth = 2 * line; context.strokeStyle = "#000"; context.strokeRect(x, y, w, h);
-    context.lineWidth = line; context.strokeStyle = paint; context.strokeRect(x, y, w, h);
+  const canvas = figure.querySelector("canvas"), context = canvas.getContext("2d"), scale = Math.max(1, Math.ceil(640 / Math.max(record.width, record.height)));
+  canvas.width = record.width * scale; canvas.height = record.height * scale;
+  context.drawImage(image, 0, 0, canvas.width, canvas.height);
+  if (record.mask) {
+    context.globalAlpha = .55; context.imageSmoothingEnabled = false;
+    context.drawImage(await load(`data:image/png;base64,${record.mask}`), 0, 0, canvas.width, canvas.height);
+    context.globalAlpha = 1;
   }
-  image.parentElement.append(canvas);
+  const line = Math.max(2, canvas.width / 320), boxes = record.detections ?? [];
+  context.font = `600 ${Math.max(12, canvas.width / 45)}px system-ui, sans-serif`;
+  for (const box of [...boxes].reverse()) {
+    const [x, y, w, h] = box.bbox.map((value) => value * scale), paint = COLOURS[box.category_id % COLOURS.length];
+    context.lineWidth = line; context.strokeStyle = paint; context.strokeRect(x, y, w, h);
+    const text = `${box.category} ${(100 * box.score).toFixed(0)}`, high = Math.max(14, canvas.width / 38);
+    context.fillStyle = paint; context.fillRect(x - line / 2, Math.max(0, y - high), context.measureText(text).width + 8, high);
+    context.fillStyle = "#fff"; context.fillText(text, x + 3, Math.max(high, y) - high * .25);
+  }
+  const words = record.detections ? boxes.map((box) => `${box.category} ${(100 * box.score).toFixed(0)} %`).join(", ") || "nothing found" : record.classes.map(({ label, share }) => `${label} ${(100 * share).toFixed(1)} %`).join(", ");
+  figure.querySelector("span").textContent = words;
+  canvas.setAttribute("aria-label", `The picture with what was found: ${words}`);
 }

@@ -61,7 +61,7 @@ async function answer() {
   delete document.documentElement.dataset.shown;
   say("Asking…");
   try {
-    const found = await Promise.all(chosen().map((model) => call("predict", { model, top_k: 5 }, state.file, signal)));
+    const found = await Promise.all(chosen().map((model) => call("predict", { model, top_k: 5, mask: about(model).task === "image-segmentation" ? true : "" }, state.file, signal)));
     showAnswers(found);
     say("");
     if (!state.explains || !about(chosen()[0]).explain.methods.length) { $("explain").hidden = $("story").hidden = $("attention").hidden = true; return; }
@@ -74,11 +74,11 @@ async function answer() {
 function showAnswers(found) {
   $("results").hidden = false;
   const best = found.map((answer) => answer.results[0]);
-  const words = best.map((record, at) => record.label == null ? "" : `${found[at].model} says ${record.label}, ${percent(record.score)}`);
-  const agree = best.length > 1 && best[0].label === best[1].label;
-  $("verdict").textContent = words.filter(Boolean).join("; ") + (best.length > 1 ? (agree ? ". They agree." : ". They disagree.") : ".");
+  const words = best.map((record, at) => `${found[at].model} ${verdict(record)}`);
+  const agree = best.length > 1 && guesses(best[0])[0]?.label === guesses(best[1])[0]?.label;
+  $("verdict").textContent = words.join("; ") + (best.length > 1 ? (agree ? ". They agree." : ". They disagree.") : ".");
   $("answers").replaceChildren(...found.map((answer, at) => {
-    const bars = element("ol", { className: "bars" }, answer.results[0].predictions.map((guess) => {
+    const bars = element("ol", { className: "bars" }, guesses(answer.results[0]).map((guess) => {
       const fill = element("span", { className: "fill" });
       requestAnimationFrame(() => requestAnimationFrame(() => { fill.style.width = `${100 * guess.score}%`; }));
       return element("li", {}, [element("span", { className: "label", textContent: guess.label, title: guess.label }),
@@ -89,7 +89,18 @@ function showAnswers(found) {
     save.addEventListener("click", () => download(new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" }), `${answer.model}.json`));
     return element("div", { className: at ? "second" : "first" }, [element("h3", { textContent: answer.model }), bars, save]);
   }));
-  drawFindings(best[0], $("preview"));
+  drawFindings(best[0], $("preview"), $("findings"));
+}
+
+function guesses(record) {  // what bars show: classes, boxes by their score, or shares of the picture
+  const boxes = (record.detections ?? []).map((box) => ({ label: box.category, score: box.score })).slice(0, 20);
+  return record.predictions ?? (record.detections ? boxes : record.classes.map(({ label, share }) => ({ label, score: share })));
+}
+
+function verdict(record) {
+  if (record.detections) return record.detections.length ? `finds ${record.detections.length} object${record.detections.length > 1 ? "s" : ""}` : "finds nothing";
+  const [first] = guesses(record);
+  return record.classes ? `sees mostly ${first.label}, ${percent(first.score)} of the picture` : `says ${first.label}, ${percent(first.score)}`;
 }
 
 function showChoices(found) {

@@ -1,4 +1,4 @@
-"""Asks a service with Triton's client: triton.py HOST:PORT MODEL PICTURE... (base64); prints what came, as JSON."""
+"""Asks a service with Triton's client: asks_with_triton.py HOST:PORT MODEL PICTURE... (base64); prints what came, as JSON."""
 
 from __future__ import annotations
 
@@ -45,4 +45,5 @@ def main(address: str, model: str, *texts: str) -> None:
     )
 
 
-main(*sys.argv[1:])
+if __name__ == "__main__":
+    main(*sys.argv[1:])
