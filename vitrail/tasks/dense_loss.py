@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vitrail.nn.shapes import DenseBoxOutput
 from vitrail.tasks.boxes import area, generalized_iou, to_corners
+from vitrail.tasks.focal import exact, focal
 from vitrail.tasks.matcher import Boxed
-from vitrail.tasks.set_loss import exact, focal
 
 RADIUS = 1.5
 """Cells from a box's middle, across and down, that may answer for it."""

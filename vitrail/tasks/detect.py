@@ -19,7 +19,8 @@ from vitrail.nn.shapes import BoxOutput, DenseBoxOutput
 from vitrail.tasks.average_precision import BoxMetrics
 from vitrail.tasks.boxes import to_pixels
 from vitrail.tasks.dense_loss import dense_detections, dense_loss
-from vitrail.tasks.set_loss import exact, set_loss
+from vitrail.tasks.focal import exact
+from vitrail.tasks.set_loss import set_loss
 
 DetectorOutput = BoxOutput | DenseBoxOutput
 
@@ -39,6 +40,8 @@ class BoxTarget(NamedTuple):
     """In pixels of the original picture, where it is not the box's."""
     index: int = -1
     """The picture's number in the data, to merge metrics of several processes."""
+    masks: Bool[Tensor, "n I J"] | None = None
+    """Of the objects, at the network's input size with its padding, for a panoptic head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,10 +202,11 @@ class Detect:
     def _kept(self, target: Any, device: torch.device) -> BoxTarget:
         """A picture's objects without crowds, on the network's device."""
         boxes, labels = target.boxes.to(device), target.labels.to(device)
-        crowd = getattr(target, "crowd", None)
+        crowd, masks = getattr(target, "crowd", None), getattr(target, "masks", None)
         if crowd is not None and len(crowd):
             keep = ~crowd.to(device)
             boxes, labels = boxes[keep], labels[keep]
+            masks = masks.to(device)[keep] if masks is not None else None
         if (
             device.type == "cpu"
             and len(labels)
@@ -212,4 +216,4 @@ class Detect:
                 f"A class number must lie in 0..{len(self.labels) - 1}; got {int(labels.min())}..{int(labels.max())}."
                 " The class names and the annotations belong to different data."
             )
-        return BoxTarget(boxes, labels)
+        return BoxTarget(boxes, labels, masks=masks)

@@ -7,7 +7,8 @@ the others that there is none:
     sigmoid   focal loss (alpha 0.25, gamma 2) summed over slots and classes, divided by the number of objects
 
 The box terms, L1 and 1 - GIoU, are divided by the number of objects of the batch (averaged over processes, at
-least 1). The total adds all layers.
+least 1). The total adds all layers; where a panoptic head answers and the objects have masks, focal and dice losses of
+the last layer's pairs are added (tasks.panoptic).
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from vitrail.nn.shapes import BoxOutput
 from vitrail.tasks.boxes import generalized_iou, to_corners
+from vitrail.tasks.focal import exact, focal
 from vitrail.tasks.matcher import Boxed, Pairs, Weights, match
+from vitrail.tasks.panoptic import mask_loss
 
 NO_OBJECT = 0.1
 """Weight of "no object" among the classes of the softmax."""
@@ -48,6 +51,10 @@ def set_loss(output: BoxOutput, targets: Sequence[Boxed], count: Tensor, softmax
         total = total + (
             weights.category * terms["class"] + weights.l1 * terms["l1"] + weights.giou * terms["giou"]
         )
+    masks = [getattr(target, "masks", None) for target in targets]
+    if output.masks is not None and all(mask is not None for mask in masks):
+        more = mask_loss(output.masks, masks, pairs, count)  # type: ignore[arg-type]
+        total, terms = total + more["mask"] + more["dice"], terms | more
     terms |= watched(logits.detach(), targets, pairs, softmax)
     return {"loss": total, **terms}
 
@@ -83,22 +90,6 @@ def joined(
     labels = torch.cat([target.labels.to(device)[objects] for target, (_, objects) in both])
     wanted = torch.cat([target.boxes.to(like)[objects] for target, (_, objects) in both])
     return rows, slots, labels, wanted
-
-
-def focal(
-    logits: Float[Tensor, "*B"], present: Float[Tensor, "*B"], alpha: float = 0.25, gamma: float = 2.0
-) -> Float[Tensor, "*B"]:
-    """Sigmoid focal loss (Lin et al. 2017, 1708.02002), element by element."""
-    chance = logits.sigmoid()
-    entropy = F.binary_cross_entropy_with_logits(logits, present, reduction="none")
-    wrong = chance * (1 - present) + (1 - chance) * present
-    balance = alpha * present + (1 - alpha) * (1 - present)
-    return balance * wrong**gamma * entropy
-
-
-def exact(answer: Tensor) -> Tensor:
-    """At least float32: in half precision, sums of a thousand slots and areas of small boxes lose what counts."""
-    return answer.float() if answer.dtype in (torch.float16, torch.bfloat16) else answer
 
 
 def _cross_entropy(logits: Tensor, rows: Tensor, slots: Tensor, labels: Tensor) -> Tensor:
