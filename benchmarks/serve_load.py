@@ -167,7 +167,7 @@ def default_model(folder: str) -> str:
     import vitrail
 
     torch.manual_seed(0)
-    model = vitrail.create_model("vit_tiny_patch16_224")
+    model: Any = vitrail.create_model("vit_tiny_patch16_224")
     with torch.no_grad():
         model.head.linear.weight.normal_(std=0.1)
     model.save_pretrained(folder)
@@ -223,14 +223,12 @@ def counters(port: int) -> dict[str, float]:
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
     found = dict(re.findall(r'vitrail_requests_total\{route="/predict",status="(\d+)"\} ([0-9.e+]+)', text))
     memory = re.search(r"process_resident_memory_bytes ([0-9.e+]+)", text)
-    batch = [
-        float(re.search(rf"vitrail_batch_images_{name} ([0-9.e+]+)", text).group(1))
-        for name in ("sum", "count")
-    ]  # type: ignore[union-attr]
+    batch = [float(found) for found in re.findall(r"vitrail_batch_images_(?:sum|count) ([0-9.e+]+)", text)]
+    batch.sort()  # a batch has at least one picture: the sum is the larger
     counts = {name: float(value) for name, value in found.items()}
     return counts | {
         "memory": float(memory.group(1)) if memory else 0.0,
-        "batch": batch[0] / max(1.0, batch[1]),
+        "batch": batch[1] / max(1.0, batch[0]),
     }
 
 

@@ -119,10 +119,9 @@ def _look(picture: bytes, limits: Limits) -> str:
 
 @lru_cache(maxsize=16)
 def _cached(text: str) -> Preprocess:
-    fields = json.loads(text)
-    return Preprocess(
-        Preprocessing(**{name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()})
-    )
+    fields: dict[str, Any] = json.loads(text)
+    lists = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+    return Preprocess(Preprocessing(**{**fields, **lists}))
 
 
 def _preprocess(fields: dict[str, Any]) -> Preprocess:

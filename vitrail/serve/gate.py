@@ -36,6 +36,9 @@ HEADERS = (
     ),
 )
 
+LOGGED = ("refused", "model", "version", "images", "bytes", "admitted")
+"""What the routes add to a request's line in the log."""
+
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -106,27 +109,16 @@ class Gate:
             self.metrics.refusals.labels(state["refused"]).inc()
         if state.get("admitted"):
             self.metrics.finished.inc()
-        logger.info(
-            "%s %s %d in %.1f ms",
-            scope["method"],
-            route,
-            status,
-            1000 * seconds,
-            extra={
-                "request": {
-                    "id": state["request_id"],
-                    "method": scope["method"],
-                    "route": route,
-                    "status": status,
-                    "ms": round(1000 * seconds, 2),
-                    **{
-                        name: state[name]
-                        for name in ("refused", "model", "version", "images", "bytes", "admitted")
-                        if name in state
-                    },
-                }
-            },
-        )
+        told: dict[str, Any] = {
+            "id": state["request_id"],
+            "method": scope["method"],
+            "route": route,
+            "status": status,
+            "ms": round(1000 * seconds, 2),
+        }
+        told.update({name: state[name] for name in LOGGED if name in state})
+        message = "%s %s %d in %.1f ms"
+        logger.info(message, scope["method"], route, status, 1000 * seconds, extra={"request": told})
 
 
 class _Answer:
