@@ -120,7 +120,7 @@ def why_nothing(metrics: Any, scores: Mapping[str, float]) -> str:
     )  # fmt: skip
     return (
         f"AP is 0: none of the {found} boxes found (highest score {best:.3f}) fits one of the {truth} true ones."
-        f"{told} A network that has hardly been trained does this; else look at the annotations with vitrail data check."
+        f"{told} A network that has hardly been trained does this; else look at the annotations: vitrail data check."
     )
 
 

@@ -18,10 +18,12 @@ from vitrail.explain.page import page
 from vitrail.explain.poster import poster
 from vitrail.explain.trace import Trace
 from vitrail.explain.trace import trace as follow
-from vitrail.models.registry import create_model, is_model
+from vitrail.jobs.trace_dense import DenseTrace, trace_dense
+from vitrail.models.registry import create_model, from_pretrained, is_model
 from vitrail.predict import class_names
 from vitrail.runs import TraceRun
 from vitrail.tasks.classify import Classify
+from vitrail.weights.folder import model_folder
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ logger = logging.getLogger(__name__)
 class Traced:
     """The story and the files that show it."""
 
-    trace: Trace
+    trace: Trace | DenseTrace
     picture: Path
     """trace.png"""
     page: Path
@@ -51,6 +53,15 @@ def trace(run: TraceRun) -> Traced:
         raise ConfigError(f"top_k must be at least 1; got {run.top_k}.")
     image = decode(run.image, name=run.image)
     network, note = _network(run.model)
+    network = from_pretrained(model_folder(network)) if isinstance(network, str) else network
+    folder = Path(run.output) if run.output else Path("trace") / Path(run.image).stem
+    picture, html = folder / "trace.png", folder / "trace.html"
+    if network.card.task != "image-classification":
+        dense, figure, text = trace_dense(network, run, note)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(picture, figure)
+        write_atomically(html, text.encode())
+        return Traced(trace=dense, picture=picture, page=html)
     engine = TorchEngine(network, device=run.device, precision="fp32")
     preprocessing = engine.card.preprocessing
     story = follow(
@@ -63,9 +74,7 @@ def trace(run: TraceRun) -> Traced:
         top_k=run.top_k,
         note=note,
     )
-    folder = Path(run.output) if run.output else Path("trace") / Path(run.image).stem
     folder.mkdir(parents=True, exist_ok=True)
-    picture, html = folder / "trace.png", folder / "trace.html"
     write_atomically(picture, poster(story))
     write_atomically(html, page(story).encode())
     return Traced(trace=story, picture=picture, page=html)

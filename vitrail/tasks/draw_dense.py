@@ -115,6 +115,11 @@ def as_png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def titled(pixels: Array, title: str) -> Image.Image:
+    """A picture uint8 `[H, W, 3]` with a line below it."""
+    return _with_legend(_enlarged(pixels)[0], [], title)
+
+
 def side_by_side(rows: Sequence[Sequence[Image.Image]], title: str, caption: str = "") -> Image.Image:
     """Drawings in rows under a heading; each row is as high as its highest."""
     from PIL import Image, ImageDraw
