@@ -43,6 +43,6 @@ class SlidingEngine:
         self.classes: int = engine.classes
         self.name, self.precision = f"{engine.name}, sliding", engine.precision
 
-    def __call__(self, images: Tensor) -> MaskOutput:
-        """Logits at the images' size, of uint8 images `[B, C, h, w]` of any size."""
+    def __call__(self, images: Tensor) -> Any:
+        """A MaskOutput with logits at the images' size, of uint8 images `[B, C, h, w]` of any size."""
         return MaskOutput(slide(self.inner, images, self.window))
