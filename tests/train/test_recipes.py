@@ -9,7 +9,9 @@ import pytest
 
 from vitrail import config
 from vitrail.data.augment import Augmentation
+from vitrail.data.joint import JointAugmentation
 from vitrail.data.mix import Mix
+from vitrail.jobs.dense_data import task_of
 from vitrail.jobs.plan import Facts, choose, find_recipe, with_recipe
 from vitrail.jobs.training_parts import read_fields, size_of
 from vitrail.models import registry
@@ -38,6 +40,8 @@ def test_a_recipe_is_complete_and_every_part_of_the_run_takes_it(name: str) -> N
         config.to_dict(run)[field] == value for field, value in values.items() if field != "data"
     ), "a value of the recipe was not taken over"
     facts = PHOTOS if name.startswith("papers/") else CIFAR
+    task = task_of(run.model, None) or facts.task
+    facts = dataclasses.replace(facts, task=task)
     chosen, choices = choose(run, facts)
     assert not {field for choice in choices for field in choice.fields} - {"workers"}
     assert chosen.lr and chosen.scale and chosen.betas and chosen.crop and chosen.aa
@@ -51,6 +55,9 @@ def test_a_recipe_is_complete_and_every_part_of_the_run_takes_it(name: str) -> N
         layer_decay=chosen.layer_decay or 0.0,
     )
     Schedule(course=chosen.sched or "cosine", steps=100, floor=(chosen.min_lr or 0.0) / chosen.lr)
+    if task != "image-classification":
+        JointAugmentation(scale=chosen.scale, hflip=chosen.hflip or 0.0, color_jitter=chosen.color_jitter or 0.0)
+        return
     Augmentation(crop=chosen.crop, scale=chosen.scale, aa=chosen.aa, color_jitter=chosen.color_jitter or 0.0)
     Mix(num_classes=10, mixup=mixup, cutmix=cutmix, smoothing=smoothing)
     Classify(["a", "b"], smoothing=smoothing, objective="sigmoid" if chosen.loss == "bce" else "softmax")
