@@ -23,5 +23,5 @@ def merge_tokens(model: Any, count: int) -> Classifier:
         raise UnsupportedError(f"Tokens are merged in plain ViTs that classify; {model.name} is none.")
     merged = copy.copy(model)
     merged._modules = dict(model._modules)
-    merged.backbone = MergingTrunk(model.backbone, count)  # type: ignore[arg-type, assignment]
+    merged.backbone = MergingTrunk(model.backbone, count)  # type: ignore[arg-type]
     return merged
