@@ -138,7 +138,7 @@ def agreement(made: dict[str, Any], engine: str, images: torch.Tensor) -> str:
     proof = prove(
         lambda part: made["vitrail torch"](torch.stack(list(part))),
         lambda part: made[engine](torch.stack(list(part))),
-        [(images, None)],
+        [(list(images), None)],
         precision=made[engine].precision,
         pictures="photographs",
     )
@@ -199,10 +199,10 @@ def timm_files(name: str, paths: list[str], batch: int) -> float:
     """Images a second of timm's network with timm's own transform, picture by picture, in batches."""
     import timm
     from PIL import Image
-    from timm.data import create_transform, resolve_model_data_config
 
     network = timm.create_model(name).eval()
-    transform: Any = create_transform(**resolve_model_data_config(network), is_training=False)
+    data: Any = timm.data
+    transform: Any = data.create_transform(**data.resolve_model_data_config(network), is_training=False)
 
     def batch_of(part: list[str]) -> torch.Tensor:
         return torch.stack([transform(Image.open(path).convert("RGB")) for path in part])

@@ -106,13 +106,9 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     try:
         built, label, proof = _built(run, work, program, label, reference, pictures, watch)
         proof_file = proof_path(target)
-        about = {
-            "artefact": target.name,
-            "format": run.format,
-            "vitrail": vitrail.__version__,
-            "model": run.model,
-        }
-        about |= {"quantisation": dict(label.quantisation), "torch": torch.__version__}
+        about: dict[str, Any] = {"artefact": target.name, "format": run.format, "model": run.model}
+        about |= {"vitrail": vitrail.__version__, "torch": torch.__version__}
+        about["quantisation"] = dict(label.quantisation)
         write_proof(proof_file, proof, about)
         if not proof.passed:
             raise ProofError(
