@@ -285,6 +285,8 @@ def test_pictures_for_the_docs(browser: Any) -> None:
         for scheme, name in (("light", "page"), ("dark", "page-dark")):
             page = Page(browser, service, viewport={"width": 1100, "height": 900}, color_scheme=scheme)
             page.show(Path(file).read_bytes())
+            page.page.click("#measure")
+            page.page.wait_for_selector("#reasons table", timeout=120_000)
             page.seek(0.78 if scheme == "light" else 0.3)
             page.page.screenshot(path=f"{folder}/{name}.png", full_page=True)
             page.close()

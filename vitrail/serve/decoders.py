@@ -110,7 +110,7 @@ class Decoders:
             self.processes[place] = process.pid
             if not started.done():
                 started.set_result(None)
-            decoded = 0
+            decoded, since = 0, time.monotonic()
             try:
                 while await self._one(process, reader, writer):
                     decoded += 1
@@ -121,7 +121,8 @@ class Decoders:
                 writer.close()
                 _kill(process)
             self.heard("restart", 0.0)
-            pause = 0.0 if decoded else min(SLOWEST_RESTART, 2 * pause + 0.1)
+            useful = decoded or time.monotonic() - since > SLOWEST_RESTART
+            pause = 0.0 if useful else min(SLOWEST_RESTART, 2 * pause + 0.1)
             logger.warning("decoder %d ended (%s); a new one follows.", process.pid, process.exitcode)
             await asyncio.sleep(pause)
 

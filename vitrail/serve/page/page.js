@@ -142,8 +142,7 @@ function reason(found) {
   image.onload = () => image.classList.toggle("coarse", image.naturalWidth < 100);
   const save = element("button", { type: "button", className: "save", textContent: "Save picture" });
   save.addEventListener("click", () => download(blobOf(found.overlay), `${found.model}-${found.method}.png`));
-  const parts = [element("h3", { textContent: `${found.model}: ${what}` }), image,
-    element("figcaption", {}, [element("span", { textContent: `${found.units}; ${found.where}` }), save])];
+  const parts = [];
   const rows = Object.entries(found.faithfulness).map(([fill, score]) => [fill, score.deletion, score.insertion, score.gap, found.controls[fill].random.gap, found.controls[fill].centre.gap]);
   if (rows.length) {
     const won = rows.filter((row) => row[3] > Math.max(row[4], row[5])).length;
@@ -153,7 +152,10 @@ function reason(found) {
       element("tbody", {}, rows.map((row) => element("tr", {}, row.map((cell, at) => element("td", { className: at ? "number" : "", textContent: at ? cell.toFixed(3) : cell })))))])]));
   }
   if (found.caution) parts.push(element("p", { className: "note", textContent: `${found.caution[0].toUpperCase()}${found.caution.slice(1)}.` }));
-  return element("figure", {}, parts);
+  return element("figure", {}, [
+    element("div", {}, [element("h3", { textContent: `${found.model}: ${what}` }), image,
+      element("figcaption", {}, [element("span", { textContent: `${found.units}; ${found.where}` }), save])]),
+    element("div", {}, parts)]);
 }
 
 function blobOf(text) { return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" }); }
