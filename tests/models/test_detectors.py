@@ -203,3 +203,21 @@ def test_load_backbone_leaves_the_rest_alone(tmp_path: Path) -> None:
     theirs = classifier.backbone.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in model.backbone.state_dict().items())
     assert len(receipt.used) == len(theirs)
+
+
+@pytest.mark.parametrize("family", ["detr", "quick_detr"])
+def test_attention_written_down_reads_the_same(family: str) -> None:
+    model = settle(tiny(family))
+    mixers = [part for part in model.modules() if hasattr(part, "weights") and hasattr(part, "mix")]
+    seen: list[tuple[Any, Any, Tensor]] = []
+    for mixer in mixers:
+        mixer.register_forward_hook(lambda part, inputs, output: seen.append((part, inputs, output)))
+    padding = torch.zeros(2, 64, 64, dtype=torch.bool)
+    padding[1, :, 40:] = True
+    with torch.inference_mode():
+        model(pictures(), padding)
+        for mixer, inputs, output in list(seen):
+            weights = mixer.weights(*inputs)
+            assert torch.allclose(weights.sum(dim=-1), torch.ones(()), atol=1e-5)
+            assert torch.allclose(mixer.mix(weights, *inputs), output, atol=1e-5)
+    assert len(seen) == len(mixers) > 2

@@ -53,8 +53,8 @@ def learned(model: Any, steps: int, rate: float) -> tuple[dict[str, float], dict
         optimiser.step()
         schedule.step()
     metrics = task.metrics()
-    with torch.no_grad():
-        metrics.add(model(images)._replace(auxiliary=()) if hasattr(model(images), "auxiliary") else model(images), targets)
+    with torch.no_grad():  # norms still by the batch: eight pictures are too few for running statistics
+        metrics.add(model(images), targets)
     return {name: float(value.detach()) for name, value in terms.items()}, metrics.result()
 
 
@@ -66,6 +66,7 @@ def small(family: str, **changes: Any) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("family", "changes", "steps"),
     [
@@ -77,6 +78,5 @@ def small(family: str, **changes: Any) -> Any:
 def test_learns_eight_pictures_by_heart(family: str, changes: dict[str, Any], steps: int) -> None:
     pytest.importorskip("faster_coco_eval")
     terms, result = learned(small(family, **changes), steps, 1e-3)
-    print(family, terms, result)
     assert terms["giou"] < 0.15 and terms["class"] < 0.05
     assert result["ap50"] > 0.98 and result["ap"] > 0.7

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.nn.attention import attend
+from vitrail.nn.attention import attend, attention_weights
 from vitrail.nn.block import Mlp
 from vitrail.nn.boxes import BoxMlp
 from vitrail.nn.decoder import Bias, QueryAttention
@@ -38,7 +38,10 @@ def logit(share: Float[Tensor, "*B"]) -> Float[Tensor, "*B"]:
 
 
 class PlacedAttention(nn.Module):
-    """Attention whose scores add a product of contents and a product of places, head by head."""
+    """Attention whose scores add a product of contents and a product of places, head by head.
+
+    `forward(*inputs) == mix(weights(*inputs), *inputs)`; `place` and `cells` are the codes of queries and memory.
+    """
 
     def __init__(self, width: int, heads: int, *, attention_dropout: float = 0.0) -> None:
         super().__init__()
@@ -56,22 +59,48 @@ class PlacedAttention(nn.Module):
         cells: Float[Tensor, "_ N D"],
         bias: Bias | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """`place` and `cells` are the codes of queries and memory."""
-        queries = torch.cat([self._split(self.query(content)), self._split(self.query_place(place))], dim=-1)
-        keys = self.key(memory)
-        places = self._split(self.key_place(cells).expand_as(keys))
-        keys = torch.cat([self._split(keys), places], dim=-1)  # [B, H, N, 2 * E]
-        dropout = self.attention_dropout if self.training else 0.0
+        queries, keys = self._pair(content, place, memory, cells)
         values = self._split(self.value(memory))
         depth = values.shape[-1]
         values = F.pad(values, (0, depth))  # as deep as the keys, without which no fused kernel takes them
-        heads = attend(queries, keys, values, self.scale, bias, dropout)[..., :depth]
-        out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))  # [B, Q, D]
-        return out
+        dropout = self.attention_dropout if self.training else 0.0
+        return self._merge(attend(queries, keys, values, self.scale, bias, dropout)[..., :depth])
+
+    def weights(
+        self,
+        content: Float[Tensor, "B Q D"],
+        place: Float[Tensor, "B Q D"],
+        memory: Float[Tensor, "B N D"],
+        cells: Float[Tensor, "_ N D"],
+        bias: Bias | None = None,
+    ) -> Float[Tensor, "B H Q N"]:
+        return attention_weights(*self._pair(content, place, memory, cells), self.scale, bias)
+
+    def mix(
+        self,
+        weights: Float[Tensor, "B H Q N"],
+        content: Float[Tensor, "B Q D"],
+        place: Float[Tensor, "B Q D"],
+        memory: Float[Tensor, "B N D"],
+        cells: Float[Tensor, "_ N D"],
+        bias: Bias | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        return self._merge(weights @ self._split(self.value(memory)))
+
+    def _pair(self, content: Tensor, place: Tensor, memory: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries `[B, H, Q, 2 E]` and keys `[B, H, N, 2 E]`: content beside place."""
+        queries = [self._split(self.query(content)), self._split(self.query_place(place))]
+        keys = self.key(memory)
+        places = self._split(self.key_place(cells).expand_as(keys))
+        return torch.cat(queries, dim=-1), torch.cat([self._split(keys), places], dim=-1)
 
     def _split(self, tokens: Tensor) -> Tensor:
         heads: Tensor = tokens.unflatten(2, (self.heads, -1))  # [B, N, H, E]
         return heads.transpose(1, 2)  # [B, H, N, E]
+
+    def _merge(self, heads: Tensor) -> Tensor:
+        out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))  # [B, Q, D]
+        return out
 
 
 class AnchorLayer(nn.Module):
