@@ -59,6 +59,7 @@ def test_has_the_published_size_with_150_classes() -> None:
 
 
 @slow
+@pytest.mark.timeout(1200)
 def test_gives_the_authors_numbers(golden: Callable[[str], dict[str, Any]], fill: ModuleType) -> None:
     numbers = golden("trans2seg_medium")
     state = fill.fill({key: tuple(shape) for key, shape in numbers["state_dict"]})
