@@ -430,6 +430,12 @@ class CompareRun:
     """Training images: folders, archives, a .csv, or the word digits."""
     val: tuple[str, ...] = ()
     """Validation images, when they do not lie beside the training images."""
+    classes: tuple[str, ...] = ()
+    """Boxes and masks: class names in the order of their numbers, or a .txt file with one name a line."""
+    ignore: tuple[int, ...] = ()
+    """Masks: values, besides 255, that are no class."""
+    reduce_zero: bool = False
+    """Masks: 0 is no class, and 1 is the first."""
     models: tuple[str, ...] = ()
     """Names of networks to train; by default our small one of every family."""
     part: Literal["both", "accuracy", "cost"] = "both"
@@ -442,8 +448,8 @@ class CompareRun:
     """Shares of the training pictures, for the data-efficiency curve: 0.1 0.25 0.5 1."""
     seeds: int = 1
     """Trainings of each network, with seeds from 0; the table shows mean and spread."""
-    batch_size: int = 128
-    """Images in one step."""
+    batch_size: int | None = None
+    """Images in one step; by default 128, and 8 of boxes and masks."""
     img_size: tuple[int, ...] = ()
     """Image size for training; by default each network's own."""
     opt: Literal["adamw", "sgd", "muon"] | None = None

@@ -358,12 +358,13 @@ def compare(run: CompareRun) -> int:
     """Accuracy at equal budget and cost against size, as tables and a report."""
     from vitrail.cli.training import TrainingView
     from vitrail.jobs.compare import compare as job
-    from vitrail.jobs.compare_report import ACCURACY_COLUMNS, COST_COLUMNS, accuracy_rows, cost_rows
+    from vitrail.jobs.compare_report import COST_COLUMNS, accuracy_columns, accuracy_rows, cost_rows
 
     with show.messages(but="vitrail.jobs.train") as handler, TrainingView(handler) as view:
         found = job(run, view)
     if found.cells:
-        show.table(ACCURACY_COLUMNS, accuracy_rows(list(found.cells)), right=ACCURACY_COLUMNS[1:])
+        columns = accuracy_columns(list(found.cells))
+        show.table(columns, accuracy_rows(list(found.cells)), right=columns[1:])
     if found.prices:
         show.table(COST_COLUMNS, cost_rows(list(found.prices)), right=COST_COLUMNS[1:])
     show.say(f"report: {found.report}")

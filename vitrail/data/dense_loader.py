@@ -75,11 +75,11 @@ class DenseBuilder(Builder):
     def _batch(self, rows: list[Any], indices: list[int]) -> Batch:
         if not rows:  # only keeps the processes in step
             filler: Any = DenseBatch(self.blank[None], Several([]), torch.tensor([FILLER]), None)
-            return filler  # type: ignore[no-any-return]
+            return filler
         images, targets = [row[0] for row in rows], [row[1] for row in rows]
         padded, padding = pad_together(images, colour(self.transform.reference.preprocessing))
         batch: Any = DenseBatch(padded, self._together(targets, padded), torch.tensor(indices), padding)
-        return batch  # type: ignore[no-any-return]
+        return batch
 
     def _together(self, targets: list[Any], images: Tensor) -> Any:
         if isinstance(targets[0], BoxLabels) or self.transform.own_size:

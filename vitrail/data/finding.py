@@ -197,7 +197,7 @@ def is_picture(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
-def some(names: Iterable[str], most: int = 5) -> str:
+def some(names: Iterable[object], most: int = 5) -> str:
     listed = [str(name) for name in names]
     rest = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + rest

@@ -40,7 +40,7 @@ class BoxLabels(NamedTuple):
     """Bool `[n]`; never set in training, where crowds are left out."""
     area: Tensor
     """Float32 `[n]`, in pixels of the original picture."""
-    index: int
+    index: int  # type: ignore[assignment]  # a field of this name hides the tuple's method
     """The picture's place in its source."""
 
     def to(self, device: torch.device) -> BoxLabels:
@@ -140,7 +140,7 @@ class DenseTrainTransform:
             image = luma(image)
         image = image.contiguous()
         if isinstance(target, PictureBoxes):
-            own = tv_tensors.BoundingBoxes(  # type: ignore[call-overload]
+            own = tv_tensors.BoundingBoxes(
                 torch.from_numpy(target.boxes.copy()), format="XYXY", canvas_size=original
             )
             boxes = _moved_boxes(own, place, (rows, columns), flipped)

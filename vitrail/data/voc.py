@@ -108,15 +108,17 @@ def _read(store: Store, entry: int) -> tuple[tuple[int, int] | None, tuple[Box, 
         raise DataError(f"{where}: an annotation defines no entities.")
     try:
         root = ElementTree.fromstring(data)
-        boxes = tuple(
-            Box(_text(item, "name"), *(float(_text(item, f"bndbox/{corner}")) for corner in CORNERS))
-            for item in root.findall("object")
-        )
+        boxes = tuple(_box(item) for item in root.findall("object"))
         tall, wide = (float(root.findtext(f"size/{side}") or 0) for side in ("height", "width"))
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{where}: not a whole VOC annotation ({error}).") from None
     hard = sum((item.findtext("difficult") or "0").strip() == "1" for item in root.findall("object"))
     return ((int(tall), int(wide)) if tall > 0 and wide > 0 else None), boxes, hard
+
+
+def _box(item: ElementTree.Element) -> Box:
+    left, top, right, bottom = (float(_text(item, f"bndbox/{corner}")) for corner in CORNERS)
+    return Box(_text(item, "name"), left, top, right, bottom)
 
 
 def _text(item: ElementTree.Element, path: str) -> str:

@@ -20,12 +20,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vitrail.config import from_dict, to_dict
+from vitrail.data.dense import kinds_of
 from vitrail.errors import ConfigError
 from vitrail.jobs.bench import bench
+from vitrail.jobs.dense_data import task_of
 from vitrail.jobs.models import count
 from vitrail.jobs.train import train
 from vitrail.models import registry
 from vitrail.runs import BenchRun, CompareRun, TrainRun
+from vitrail.tasks.choose import facts_of
 from vitrail.train.log import Note, Reporter
 
 SMALL = (
@@ -42,6 +45,12 @@ SMALL = (
     "nonlocal_resnet20_32",
 )
 """Our small variant of each family, for pictures of 32 pixels."""
+
+DENSE = {
+    "boxes": ("detr_nano", "quick_detr_nano", "fcos_nano"),
+    "masks": ("setr_naive_nano", "setr_pup_nano", "setr_mla_nano", "trans2seg_nano", "fpn_pvt_v2_nano"),
+}
+"""The same for boxes and masks, by the kind of the data."""
 
 SIZED = (
     "vit_tiny_patch16_224",
@@ -62,7 +71,7 @@ class Cell:
     share: float
     seed: int
     acc1: float
-    """Top-1 on the test split where the data has one, else on val; a share of 1."""
+    """Top-1 (AP of boxes, mIoU of masks) on the test split where the data has one, else on val; a share of 1."""
     split: str
     steps: int
     seconds: float
@@ -70,6 +79,8 @@ class Cell:
     images_per_second: float
     parameters: int
     multiply_adds: int
+    score: str = "acc1"
+    """Name of the score that `acc1` holds."""
 
     @property
     def key(self) -> tuple[str, float, int]:
@@ -106,6 +117,7 @@ def compare(run: CompareRun, reporter: Reporter | None = None) -> Comparison:
     unknown names before anything is trained.
     """
     check(run)
+    run = dataclasses.replace(run, batch_size=batch_of(run))
     folder = Path(run.output)
     folder.mkdir(parents=True, exist_ok=True)
     say: Callable[[str], None] = lambda text: reporter(Note(text=text)) if reporter is not None else None  # noqa: E731
@@ -136,8 +148,19 @@ def check(run: CompareRun) -> None:
 
 
 def models_of(run: CompareRun) -> tuple[str, ...]:
-    """The models that are trained: those asked for, else our small one of every family."""
-    return run.models or tuple(name for name in SMALL if registry.is_model(name))
+    """The models that are trained: those asked for, else our small one of every family for such data."""
+    if run.models:
+        return run.models
+    kind = kinds_of(run.data)[0] if run.data else "classes"
+    return tuple(name for name in DENSE.get(kind, SMALL) if registry.is_model(name))
+
+
+def batch_of(run: CompareRun) -> int:
+    """Images in one step: as asked, else 128, and 8 of boxes and masks."""
+    if run.batch_size is not None:
+        return run.batch_size
+    dense = any(task_of(name, None) != "image-classification" for name in models_of(run))
+    return 8 if dense else 128
 
 
 def _cells(
@@ -171,7 +194,10 @@ def _train(
         train_share=share,
         seed=seed,
         epochs=run.epochs if run.minutes is None else None,
-        batch_size=run.batch_size,
+        batch_size=batch_of(run),
+        classes=run.classes,
+        ignore=run.ignore,
+        reduce_zero=run.reduce_zero,
         img_size=run.img_size,
         opt=run.opt,
         lr=run.lr,
@@ -182,7 +208,7 @@ def _train(
     )
     if run.minutes is not None:
         speed = _speed(run, name)
-        record = dataclasses.replace(record, steps=max(1, round(run.minutes * 60 * speed / run.batch_size)))
+        record = dataclasses.replace(record, steps=max(1, round(run.minutes * 60 * speed / batch_of(run))))
     result = train(record, reporter)
     split = "test" if "test" in result.scores else "val"
     if split not in result.scores:
@@ -190,15 +216,17 @@ def _train(
             "A comparison needs pictures to score on: give --val, or data with a val or test split."
         )
     cost = count(name)
+    score = facts_of(task_of(name, None) or "image-classification").score
     return Cell(
         model=name,
         share=share,
         seed=seed,
-        acc1=result.scores[split]["acc1"],
+        acc1=result.scores[split][score],
+        score=score,
         split=split,
         steps=result.step,
         seconds=result.seconds,
-        images_per_second=result.step * run.batch_size / max(result.seconds, 1e-9),
+        images_per_second=result.step * batch_of(run) / max(result.seconds, 1e-9),
         parameters=cost.parameters,
         multiply_adds=cost.multiply_adds,
     )
@@ -210,7 +238,7 @@ def _speed(run: CompareRun, name: str) -> float:
         BenchRun(
             model=name,
             mode="train",
-            batch_size=run.batch_size,
+            batch_size=batch_of(run),
             img_size=run.img_size,
             repeats=3,
             device=run.device,

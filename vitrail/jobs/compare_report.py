@@ -67,7 +67,7 @@ def _budget(run: CompareRun) -> str:
 
 
 def accuracy_rows(cells: list[Cell]) -> list[list[str]]:
-    """The table of the largest share: model, top-1, spread, parameters, GFLOPs, images a second, seconds."""
+    """The table of the largest share: model, score, spread, parameters, GFLOPs, images a second, seconds."""
     share = max(cell.share for cell in cells)
     return [
         [
@@ -83,15 +83,17 @@ def accuracy_rows(cells: list[Cell]) -> list[list[str]]:
     ]
 
 
-ACCURACY_COLUMNS = [
-    "model",
-    "top-1",
-    "sd of seeds",
-    "parameters",
-    "GFLOPs",
-    "images/s in training",
-    "seconds",
-]
+def accuracy_columns(cells: list[Cell]) -> list[str]:
+    """Heads of the columns of `accuracy_rows`."""
+    score = score_words(cells)
+    return ["model", score, "sd of seeds", "parameters", "GFLOPs", "images/s in training", "seconds"]
+
+
+def score_words(cells: list[Cell]) -> str:
+    """What is compared, in words."""
+    return {"ap": "AP", "miou": "mIoU"}.get(cells[0].score, "top-1")
+
+
 COST_COLUMNS = ["model", "exponent of multiply-adds", "of time", "of memory"]
 
 
@@ -109,7 +111,7 @@ def _accuracy(folder: Path, cells: list[Cell]) -> list[str]:
     split = cells[0].split
     parts = [
         f"<h2>Accuracy at equal budget ({html.escape(split)})</h2>",
-        _table(ACCURACY_COLUMNS, accuracy_rows(cells)),
+        _table(accuracy_columns(cells), accuracy_rows(cells)),
         f"<p class='faint'>{html.escape(RULE)}.</p>",
         _picture(folder / "accuracy.png", _draw_accuracy(cells, largest), "Accuracy against multiply-adds"),
     ]
@@ -166,7 +168,7 @@ def _draw_accuracy(cells: list[Cell], share: float) -> bytes:
         )  # fmt: skip
     axis.set_xscale("log")
     axis.set_xlabel("GFLOPs (10^9 multiply-adds)")
-    axis.set_ylabel("top-1, %")
+    axis.set_ylabel(f"{score_words(cells)}, %")
     _finish_axis(axis)
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)
@@ -185,7 +187,7 @@ def _draw_efficiency(cells: list[Cell]) -> bytes:
     axis.get_xaxis().set_major_formatter("{x:g}")
     axis.minorticks_off()
     axis.set_xlabel("share of the training pictures, %")
-    axis.set_ylabel("top-1, %")
+    axis.set_ylabel(f"{score_words(cells)}, %")
     _finish_axis(axis)
     axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return _png(figure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from vitrail.data.dense import Kind
 from vitrail.errors import ConfigError
 from vitrail.jobs.dense_data import DEFAULTS
 from vitrail.jobs.plan import Choice, Facts
@@ -36,7 +37,7 @@ def _network(run: TrainRun, facts: Facts) -> Iterator[Choice]:
         yield Choice(fields={"model": facts.pretrained}, reason="the network that the given weights are of")
     if facts.pretrained is not None and facts.size is not None:
         yield Choice(fields={"img_size": facts.size}, reason="the size that the weights are used to")
-    kind = "boxes" if facts.task == "object-detection" else "masks"
+    kind: Kind = "boxes" if facts.task == "object-detection" else "masks"
     if run.pretrained is None:
         yield Choice(fields={"model": DEFAULTS[kind]}, reason=f"a small network for {kind}")
 

@@ -31,7 +31,7 @@ IGNORED = 255
 class Drawn(NamedTuple):
     """One box on a drawing."""
 
-    index: int
+    number: int
     """The class's number."""
     corners: tuple[float, float, float, float]
     """Left, top, right, bottom in pixels of the picture."""
@@ -54,7 +54,7 @@ def draw_boxes(pixels: Array, boxes: Sequence[Drawn], labels: Sequence[str], tit
     draw, font = ImageDraw.Draw(picture), _font(12)
     line = max(2, round(max(picture.size) / 320))
     for box in sorted(boxes, key=lambda box: box.score or 0.0):
-        colour = colour_of(box.index)
+        colour = colour_of(box.number)
         left, top, right, bottom = (value * scale for value in box.corners)
         draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=line)
         if box.score is not None:
@@ -63,7 +63,7 @@ def draw_boxes(pixels: Array, boxes: Sequence[Drawn], labels: Sequence[str], tit
             place = max(0.0, top - 15)
             draw.rectangle((left, place, left + wide + 5, place + 15), fill=colour)
             draw.text((left + 3, place), text, PAPER, font)
-    counts = [sum(box.index == index for box in boxes) for index in range(len(labels))]
+    counts = [sum(box.number == index for box in boxes) for index in range(len(labels))]
     entries = [(index, f"{labels[index]} {count}") for index, count in enumerate(counts) if count]
     return _with_legend(picture, entries, title or ("" if entries else "nothing found"))
 
@@ -185,7 +185,7 @@ def _with_legend(picture: Image.Image, entries: Sequence[tuple[int, str]], title
 
 def _fitted(draw: Any, text: str, font: Any, width: int) -> str:
     """The text, its beginning left out where it is too long."""
-    text = text.encode("utf-8", "replace").decode()
+    text = text.encode("utf-8", "replace").decode().replace("×", "x")  # the font has no such sign
     while text and draw.textlength(text, font) > width:
         text = "…" + text[2:]
     return text
