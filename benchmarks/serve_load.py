@@ -99,7 +99,10 @@ class Client:
 
         async def loop() -> None:
             while time.perf_counter() < end:
+                refused = len(ledger.refused)
                 await self.one(ledger, next(numbers))
+                if len(ledger.refused) > refused:
+                    await asyncio.sleep(0.1)
 
         await asyncio.gather(*(loop() for _ in range(together)))
         ledger.seconds = time.perf_counter() - begun
@@ -352,7 +355,7 @@ def main() -> None:
     parser.add_argument("--pictures")
     parser.add_argument("--peer", action="store_true")
     parser.add_argument("--killer", type=float, default=0)
-    parser.add_argument("--flags", default="", help="further flags for vitrail serve")
+    parser.add_argument("--flags", default="--deadline 30", help="further flags for vitrail serve")
     options = parser.parse_args()
     if options.pictures:
         pictures = [path.read_bytes() for path in sorted(Path(options.pictures).iterdir()) if path.is_file()]

@@ -1,4 +1,4 @@
-"""Asks a service with Triton's client: asks_with_triton.py HOST:PORT MODEL PICTURE... (base64); prints what came, as JSON."""
+"""Asks a service with Triton's client: asks_with_triton.py HOST:PORT MODEL PICTURE... (base64); prints JSON."""
 
 from __future__ import annotations
 

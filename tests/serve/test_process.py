@@ -71,6 +71,8 @@ class Process:
     def ended(self, seconds: float = 60) -> int:
         code = self.process.wait(seconds)
         self.reader.join(30)
+        assert self.process.stderr
+        self.process.stderr.close()
         return code
 
     def log(self) -> list[dict[str, Any]]:

@@ -125,7 +125,7 @@ class Batcher:
             _refuse(batch, "failed")
             return
         spent = time.monotonic() - begun
-        self.pace += 0.1 * (spent / len(batch) - self.pace)
+        self.pace += 0.25 * (spent / len(batch) - self.pace)
         self.heard("infer", spent)
         self.heard("batch", len(batch))
         for item, result in zip(batch, found, strict=True):

@@ -163,7 +163,7 @@ class Decoders:
             _settle(job, Refusal("draining"))
             raise
         spent = time.monotonic() - begun
-        self.pace += 0.1 * (spent / self.count - self.pace)
+        self.pace += 0.25 * (spent / self.count - self.pace)
         self.heard("decode", spent)
         _settle(job, seen)
         return True
