@@ -10,11 +10,13 @@ whole picture) runs in the same table, as a network that many people know.
 from __future__ import annotations
 
 import argparse
+import importlib
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -89,9 +91,8 @@ def ours(name: str, way: str, together: int) -> tuple[torch.nn.Module, Callable[
 
 def peer() -> tuple[torch.nn.Module, Callable[[Tensor], Tensor], str]:
     """SegFormer-B0, its logits brought to the picture's size as ours are."""
-    from transformers import SegformerConfig, SegformerForSemanticSegmentation
-
-    model = SegformerForSemanticSegmentation(SegformerConfig(num_labels=19)).eval()
+    transformers: Any = importlib.import_module("transformers")
+    model = transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(num_labels=19)).eval()
 
     def forward(image: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(model(image).logits, size=SIZE, mode="bilinear")

@@ -74,4 +74,4 @@ class Dense(Model):
         """Recompute activations in the backward pass, in every part that can."""
         for part in self.modules():
             if hasattr(part, "recompute"):
-                part.recompute = on
+                part.recompute = on  # type: ignore[assignment]

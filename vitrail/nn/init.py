@@ -177,9 +177,9 @@ def init_trans2seg(model: nn.Module) -> None:
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or name == "head.encoder.entry.patches.proj"
         if linear and not name.startswith("backbone."):
-            nn.init.trunc_normal_(module.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
-                nn.init.zeros_(module.bias)  # type: ignore[arg-type]
+                nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
         if name.startswith("head.") and (name.endswith(("positions.table", "queries")) or ".prefix." in name):
             nn.init.trunc_normal_(parameter, std=0.02)
