@@ -72,8 +72,10 @@ def networks(name: str) -> dict[str, Callable[[Tensor], Pair]]:
     from vitrail import create_model
 
     torch.manual_seed(0)
-    config = DetrConfig(num_labels=91, backbone=name.split("_")[1], dilation=name.endswith("dc5"))
-    theirs = DetrForObjectDetection(config).eval()
+    kind: Any = DetrConfig
+    config = kind(num_labels=91, backbone=name.split("_")[1], dilation=name.endswith("dc5"))
+    theirs: Any = DetrForObjectDetection(config)
+    theirs.eval()
     with TemporaryDirectory() as folder:
         file = Path(folder) / "theirs.safetensors"
         save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, file)

@@ -135,7 +135,9 @@ class BoxMetrics:
 
     def coco(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """Truth and detections as COCO's files hold them; classes and annotations are numbered from 1."""
-        images, annotations, found = [], [], []
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        found: list[dict[str, Any]] = []
         for number, (size, detections, truth) in sorted(self.seen.items()):
             images.append({"id": number, "height": size[0], "width": size[1], "file_name": str(number)})
             for x1, y1, x2, y2, index, crowd, area in truth.tolist():

@@ -38,7 +38,7 @@ class BoxTarget(NamedTuple):
     """COCO's iscrowd: boxes around many objects, which no answer is right or wrong about."""
     area: Float[Tensor, " n"] | None = None
     """In pixels of the original picture, where it is not the box's."""
-    index: int = -1
+    index: int = -1  # type: ignore[assignment]  # a field, in place of the method of tuples
     """The picture's number in the data, to merge metrics of several processes."""
     masks: Bool[Tensor, "n I J"] | None = None
     """Of the objects, at the network's input size with its padding, for a panoptic head."""

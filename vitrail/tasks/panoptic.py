@@ -188,7 +188,7 @@ def _told(
 ) -> PanopticPrediction:
     """The record, its segments numbered from 0."""
     numbers = torch.full((len(pixels),), -1, dtype=torch.int64, device=owner.device)
-    segments = []
+    segments: list[Segment] = []
     for place in pixels.nonzero().flatten().tolist():
         index = int(indices[place])
         same = scores[indices == index].max() if index not in things else scores[place]
