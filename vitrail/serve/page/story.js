@@ -73,6 +73,7 @@ export class Story {
   seek(time) {
     this.time = time;
     $("time").value = Math.round(1000 * time);
+    if (!this.running) $("play").textContent = time >= 1 ? "Play again" : "Play";
     const words = this.words();
     if ($("scene").textContent !== words) { $("scene").textContent = words; $("time").setAttribute("aria-valuetext", words); }
     this.draw();
