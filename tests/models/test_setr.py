@@ -346,6 +346,7 @@ def test_seeded_and_started_as_written() -> None:
     )
 
 
+@slow
 def test_traces_whole_without_a_graph_break(unchecked: None) -> None:
     model = tiny().eval()
     images = torch.randn(1, 3, 32, 32)

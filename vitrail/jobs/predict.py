@@ -9,6 +9,7 @@ from typing import Any
 
 from vitrail.data.image import decode
 from vitrail.disk import write_atomically
+from vitrail.engines.sliding import SlidingEngine
 from vitrail.errors import ConfigError, DataError
 from vitrail.jobs.opening import asked, ready
 from vitrail.predict import Predictor, expand
@@ -46,10 +47,12 @@ def predict(run: PredictRun) -> Predictions:
     if not paths:
         raise DataError("There is no image to look at: name files, folders or patterns.")
     predictor = Predictor(
-        run.model, asked(run), run.precision, device=run.device, batch_size=run.batch_size, top_k=run.top_k,
-        threshold=run.threshold,
+        run.model, asked(run), run.precision, device=run.device, top_k=run.top_k, threshold=run.threshold,
+        batch_size=1 if run.window else run.batch_size,
     )  # fmt: skip
     predictor.engine = ready(predictor.engine, run, len(paths))
+    if run.window:
+        predictor.engine = SlidingEngine(predictor.engine, run.window)
     task = predictor.engine.card.task
     if run.format == "coco" and task != "object-detection":
         raise ConfigError(
