@@ -162,6 +162,18 @@ def test_a_predictor_takes_an_engine_by_name(model: Path) -> None:
     ] == [3] * 3
 
 
+def test_an_engine_that_was_asked_for_is_held_against_torch_once(
+    model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vitrail")
+    open_engine(model, "onnxruntime")
+    assert "engine onnxruntime, fp32: as asked for; logits agree with torch to" in caplog.text
+    shelf = Shelf(model)
+    shelf.keep({key: {**row, "failures": ["moved"]} for key, row in shelf.note().items()})
+    assert open_engine(model, "onnxruntime").name == "torch"
+    assert "strays from torch: moved" in caplog.text
+
+
 def test_an_unknown_engine_is_refused_with_near_names(model: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean openvino"):
         open_engine(model, "openvine")

@@ -122,6 +122,15 @@ def test_int8_asks_for_pictures(model: Path) -> None:
         export(ExportRun(model=str(model), format="onnx", int8=True, calibrate=("digits",)))
 
 
+def test_nothing_but_an_older_export_is_replaced(model: Path, tmp_path: Path) -> None:
+    before = sorted(path.name for path in model.iterdir())
+    with pytest.raises(ConfigError, match="is not replaced"):
+        export(ExportRun(model=str(model), format="openvino", output=str(model)))
+    with pytest.raises(ConfigError, match="file of the format onnx"):
+        export(ExportRun(model=str(model), output=str(tmp_path / "model.bin")))
+    assert sorted(path.name for path in model.iterdir()) == before and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_an_openvino_folder_and_a_triton_repository(model: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("openvino")

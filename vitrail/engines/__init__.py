@@ -143,11 +143,14 @@ def _opened(shelf: Any, engine: str, precision: str, why: str) -> Engine | None:
         if not shelf.usable:
             raise ConfigError(f"{shelf.model} was not saved by vitrail, or its weights are not its card's")
         opened: Engine = choose.open_prepared(shelf, engine, precision)
+        agreement = choose.proven(shelf, opened)
     except Exception as error:
         # Whatever keeps a quick engine from starting, the answer can still be had.
         reason = " ".join(str(error).split())[:300].rstrip(".")
         logger.warning("engine %s cannot be used (%s); torch does the work", engine, reason)
         return None
+    if agreement.split(" to ")[0] not in why:
+        why = f"{why}; {agreement}"
     logger.info("engine %s, %s: %s", opened.name, opened.precision, why)
     return opened
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail.data.sample import photographs
 from vitrail.data.transforms import Preprocess
 from vitrail.engines.prepare import Shelf
-from vitrail.errors import VitrailError
+from vitrail.errors import ProofError, VitrailError
 from vitrail.export.parity import BOUNDS, Proof, prove
 
 logger = logging.getLogger(__name__)
@@ -131,6 +131,26 @@ def check(reference: Any, engine: Any, shelf: Shelf) -> Proof:
         answer(reference), answer(engine), [(images, None)], precision=precision, pictures="photographs",
         bounds=BOUNDS[precision],
     )  # fmt: skip
+
+
+def proven(shelf: Shelf, engine: Any) -> str:
+    """How an engine on the shelf's graph agrees with torch in float32: measured at its first use, then known.
+
+    Raises ProofError where it strays.
+    """
+    key = f"proof of {engine.name}, {circumstances(engine.precision, 0)}"
+    kept = shelf.note().get(key)
+    proof = Proof.from_dict(kept) if kept else None
+    if proof is None:
+        from vitrail.engines.pytorch import TorchEngine
+
+        proof = check(TorchEngine(shelf.model, device="cpu", precision="fp32"), engine, shelf)
+        shelf.keep({key: proof.to_dict()})
+    if not proof.passed:
+        raise ProofError(f"it strays from torch: {'; '.join(proof.failures)}")
+    if engine.precision == "fp32":
+        return f"logits agree with torch to {proof.logits_max:.0e}"
+    return f"on {proof.images} photographs the first class is torch's in {100 * proof.agreement:.0f} %"
 
 
 def speeds(engines: dict[str, Any], images: Tensor, rounds: int = 3) -> dict[str, float]:

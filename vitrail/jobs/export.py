@@ -22,7 +22,7 @@ from vitrail.data.sample import photographs
 from vitrail.data.sources import Source, open_splits
 from vitrail.data.transforms import Preprocess
 from vitrail.engines import Engine
-from vitrail.engines.artefact import open_artefact
+from vitrail.engines.artefact import format_of, open_artefact
 from vitrail.engines.prepare import Shelf
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, DataError, ImageError, ProofError
@@ -85,6 +85,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     _check(run)
     started = time.monotonic()
     target = destination(run)
+    _check_target(target, run)
     reference = TorchEngine(run.model, device="cpu", precision="fp32")
     pictures = Pictures(run, reference)
     deployed = Deployed(reference.network)
@@ -321,6 +322,17 @@ def _check(run: ExportRun) -> None:
         raise ConfigError(
             f"samples must be at least 0 and calibration-samples at least 1; got {run.samples} and"
             f" {run.calibration_samples}."
+        )
+
+
+def _check_target(target: Path, run: ExportRun) -> None:
+    """Only an artefact of the same kind may be replaced, and a file must end as its readers expect."""
+    ending = {"onnx": ".onnx", "torch": ".pt2"}.get(run.format)
+    if ending and target.suffix.lower() != ending:
+        raise ConfigError(f"A file of the format {run.format} ends in {ending}; got --output {target}.")
+    if target.exists() and format_of(target) != run.format:
+        raise ConfigError(
+            f"{target} exists and is no {run.format} export, so it is not replaced: give another --output."
         )
 
 
