@@ -66,7 +66,7 @@ def main() -> None:
 
 def read(path: str, split: str) -> list[Sample]:
     """The pictures of a split whose boxes have an area."""
-    samples = []
+    samples: list[Sample] = []
     with zipfile.ZipFile(path) as archive:
         root = "BCCD/" if f"BCCD/ImageSets/Main/{split}.txt" in archive.namelist() else ""
         for name in archive.read(f"{root}ImageSets/Main/{split}.txt").decode().split():

@@ -2,7 +2,8 @@
 
     killed.py FOLDER KILLS EPOCHS SEED
 
-The modules are imported once (some only to spare every sitting their import); every sitting is a fork of this process, which has touched no thread pool.
+The modules are imported once (some only to spare every sitting their import); every sitting is a fork of this process,
+which has touched no thread pool.
 """
 
 from __future__ import annotations

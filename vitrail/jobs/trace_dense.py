@@ -115,9 +115,9 @@ def _figure(seen: Any, heard: list[Any], network: Any, record: Any, labels: Any,
         tiles.append(draw_boxes(seen, boxes, labels))
     else:
         tiles.append(draw_mask(seen, record.mask.numpy(), labels))
-    rows = [tiles[start : start + 3] for start in range(0, len(tiles), 3)]
+    shelves = [tiles[start : start + 3] for start in range(0, len(tiles), 3)]
     caption = "; ".join(filter(None, [trace.note, "maps: length of the vector in each cell, dark is short"]))
-    return side_by_side(rows, f"{trace.model} looks at {trace.steps[0].note.partition(',')[0]}", caption)
+    return side_by_side(shelves, f"{trace.model} looks at {trace.steps[0].note.partition(',')[0]}", caption)
 
 
 def _heat(map: Tensor, size: tuple[int, int]) -> Any:

@@ -12,6 +12,7 @@ import numpy
 
 from vitrail.data.augment import Augmentation, TrainTransform
 from vitrail.data.cache import cached
+from vitrail.data.dense import TASKS, Kind
 from vitrail.data.image import decode
 from vitrail.data.joint import JointAugmentation
 from vitrail.data.loader import Batch, Loader
@@ -45,7 +46,7 @@ class Data:
     @property
     def task(self) -> str:
         """What a network must be for that learns from these pictures."""
-        return dense_data.TASK_OF[cast(dense_data.Kind, self.train.kind)]
+        return TASKS[cast(Kind, self.train.kind)]
 
 
 def open_data(run: TrainRun, say: Say) -> Data:

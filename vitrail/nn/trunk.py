@@ -7,6 +7,7 @@ stage, Swin, PVT and PiT three or four, CaiT two (patches alone, then the class 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -81,7 +82,8 @@ class Trunk(nn.Module):
 
     def tap(self, numbers: Sequence[int]) -> None:
         """Answer the outputs of these blocks of a trunk's only stage, before any norm, in place of its last map."""
-        (stage,) = self.stages
+        (only,) = self.stages
+        stage = cast(Stage, only)
         stage.taps, stage.norm = tuple(numbers), nn.Identity()
         self.levels = (self.levels[-1],) * len(numbers)
 
