@@ -3,7 +3,8 @@
     python benchmarks/detr_forward.py [MODEL ...] [--repeats 3] [--size 800 1333] [--threads N]
 
 Both networks hold the same random weights, ours read from transformers' state dict. Times are taken in turns in one
-process, so that whatever else the machine does troubles both alike; memory is taken in processes of their own and
+process, so that whatever else the machine does troubles both alike (and the process's own CPU seconds stand beside
+them, which hold on a busy machine); memory is taken in processes of their own and
 is what the forward adds to the weights (Linux tells). transformers' DETR runs with its default attention.
 """
 
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 MODELS = ("detr_resnet50", "detr_resnet50_dc5")
-Pair = tuple[Tensor, Tensor]
+Answer = tuple[Tensor, Tensor]
 
 
 def main() -> None:
@@ -45,10 +46,10 @@ def main() -> None:
     print(
         f"{columns} x {rows}, float32, {torch.get_num_threads()} threads, best of {given.repeats} taken in turns"
     )
-    print(f"{'network':20} {'whose':14} {'seconds':>8} {'MB above weights':>18} {'apart':>10}")
+    print(f"{'network':20} {'whose':14} {'seconds':>8} {'CPU s':>8} {'MB above weights':>18} {'apart':>10}")
     for name in given.models:
         seconds, apart = timed(networks(name), image, given.repeats)
-        for whose, least in seconds.items():
+        for whose, (least, spent) in seconds.items():
             command = [
                 sys.executable,
                 __file__,
@@ -61,10 +62,10 @@ def main() -> None:
             command += ["--threads", str(torch.get_num_threads())]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             memory = done.stdout.strip().splitlines()[-1]
-            print(f"{name:20} {whose:14} {least:>8.2f} {memory:>18} {apart:>10.1e}", flush=True)
+            print(f"{name:20} {whose:14} {least:>8.2f} {spent:>8.2f} {memory:>18} {apart:>10.1e}", flush=True)
 
 
-def networks(name: str) -> dict[str, Callable[[Tensor], Pair]]:
+def networks(name: str) -> dict[str, Callable[[Tensor], Answer]]:
     """Both networks' forward, to logits and boxes."""
     from safetensors.torch import save_file
     from transformers import DetrConfig, DetrForObjectDetection
@@ -81,11 +82,11 @@ def networks(name: str) -> dict[str, Callable[[Tensor], Pair]]:
         save_file({key: value.contiguous() for key, value in theirs.state_dict().items()}, file)
         ours: Any = create_model(name, file).eval()
 
-    def answer(image: Tensor) -> Pair:
+    def answer(image: Tensor) -> Answer:
         output = ours(image)
         return output.logits, output.boxes
 
-    def answer_theirs(image: Tensor) -> Pair:
+    def answer_theirs(image: Tensor) -> Answer:
         output = theirs(image)
         return output.logits, output.pred_boxes
 
@@ -93,24 +94,28 @@ def networks(name: str) -> dict[str, Callable[[Tensor], Pair]]:
 
 
 def timed(
-    forwards: dict[str, Callable[[Tensor], Pair]], image: Tensor, repeats: int
-) -> tuple[dict[str, float], float]:
-    """The least seconds of each, taken in turns after one warm-up, and how far boxes and logits are apart."""
-    taken: dict[str, list[float]] = {whose: [] for whose in forwards}
-    answers: dict[str, Pair] = {}
+    forwards: dict[str, Callable[[Tensor], Answer]], image: Tensor, repeats: int
+) -> tuple[dict[str, tuple[float, float]], float]:
+    """The least seconds of each, on the clock and of the process, taken in turns after one warm-up; and how far
+    boxes and logits are apart."""
+    taken: dict[str, list[tuple[float, float]]] = {whose: [] for whose in forwards}
+    answers: dict[str, Answer] = {}
     with torch.inference_mode():
         for number in range(repeats + 1):
             for whose, forward in forwards.items():
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 answers[whose] = forward(image)
                 if number:
-                    taken[whose].append(time.perf_counter() - start)
+                    taken[whose].append((time.perf_counter() - start, time.process_time() - busy))
     one, other = answers.values()
     apart = max(float((a - b).norm() / b.norm()) for a, b in zip(one, other, strict=True))
-    return {whose: min(values) for whose, values in taken.items()}, apart
+    least = {
+        whose: tuple(min(column) for column in zip(*pairs, strict=True)) for whose, pairs in taken.items()
+    }
+    return {whose: (pair[0], pair[1]) for whose, pair in least.items()}, apart
 
 
-def added(forward: Callable[[Tensor], Pair], image: Tensor) -> float:
+def added(forward: Callable[[Tensor], Answer], image: Tensor) -> float:
     """MB that one forward needs above what is held before it."""
     with torch.inference_mode():
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak starts again from here
