@@ -103,7 +103,8 @@ class Served:
         # Weights stay mapped from their file. If somebody wrote over that, or cut it short, the pages behind the
         # mapping would change under the service, or be gone, and the system would end it (SIGBUS).
         shutil.copytree(model_folder(folder), self.copy, dirs_exist_ok=True)
-        self.predictor = Predictor(self.copy, precision=precision, device=device, batch_size=batch_size)
+        # The network itself: a picture's bits must not hang on which engine was once measured beside the folder.
+        self.predictor = Predictor(self.copy, "torch", precision, device=device, batch_size=batch_size)
         self.card = self.predictor.engine.card
         self.labels = self.predictor.labels
         self.version = (self.card.sha256 or self.stamp)[:12]
