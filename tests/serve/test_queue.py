@@ -199,6 +199,7 @@ def test_deadlines_and_clients_that_leave(small: Running) -> None:
         assert first.result().status == 200
     until(lambda: small.count("finished_total") == small.count("admitted_total"))
     assert small.count("requests_total", route="/predict", status="499") == 1
+    assert small.count("refusals_total", code="failed") == 0
     assert small.count("batch_images_sum") == 1  # neither of the two was computed
 
 

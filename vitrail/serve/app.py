@@ -41,6 +41,7 @@ def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, 
     )
     desk = Desk(house)
     app.add_exception_handler(Refusal, _refused)
+    app.add_exception_handler(Exception, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     add = app.add_api_route
@@ -327,8 +328,9 @@ def _static(name: str) -> Response:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    assert isinstance(error, Refusal)
-    return _Refused(error)
+    if isinstance(error, body.Left):
+        raise error  # nobody is there to be answered; the gate counts it
+    return _Refused(error if isinstance(error, Refusal) else Refusal("failed"))
 
 
 async def _http(request: Request, error: Exception) -> Response:
@@ -348,4 +350,4 @@ class _Refused(Response):
         self.refusal = refusal
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await refuse(send, self.refusal, scope["state"])
+        await refuse(receive, send, self.refusal, scope["state"])

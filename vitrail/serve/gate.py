@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import hmac
 import json
 import logging
@@ -11,6 +13,7 @@ import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from vitrail.serve import settings
 from vitrail.serve.body import Left
 from vitrail.serve.metrics import Metrics
 from vitrail.serve.refusals import Refusal
@@ -75,13 +78,13 @@ class Gate:
             self._check(scope["path"], headers)
             await self.app(scope, receive, answer.send)
         except Refusal as refusal:
-            await refuse(answer.send, refusal, state)
+            await refuse(receive, answer.send, refusal, state)
         except Left:
             answer.left = True
         except Exception:  # a request may fail, the service may not
             logger.exception("request %s failed", identity)
             if not answer.status:
-                await refuse(answer.send, Refusal("failed"), state)
+                await refuse(receive, answer.send, Refusal("failed"), state)
         finally:
             self._count(scope, state, answer)
 
@@ -140,9 +143,11 @@ class _Answer:
             self.complete = True
 
 
-async def refuse(send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
+async def refuse(receive: Receive, send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
     """Answer with a refusal."""
     state["refused"] = refusal.code
+    if refusal.close and refusal.code != "slow_body" and "expect" not in state["headers"]:
+        await _discard(receive)
     body = json.dumps(refusal.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refusal.retry_after is not None:
@@ -153,6 +158,21 @@ async def refuse(send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+async def _discard(receive: Receive) -> None:
+    """Read on for a moment, and keep nothing.
+
+    A connection that is closed while its client still sends is reset, and the answer lost on the way.
+    """
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(settings.DISCARD_SECONDS):
+            while size < settings.MOST_DISCARDED:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
 
 
 def _without_port(host: str) -> str:

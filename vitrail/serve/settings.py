@@ -26,6 +26,12 @@ HEAD_SECONDS = 5.0
 BODY_SECONDS = 20.0
 """Time for a request's body."""
 
+DISCARD_SECONDS = 1.0
+"""Time in which the rest of a refused body is read and thrown away, so that its client hears the refusal."""
+
+MOST_DISCARDED = 256 * 2**20
+"""Bytes of such a body."""
+
 MOST_CONNECTIONS = 2048
 """Open connections; one more is closed at once."""
 
