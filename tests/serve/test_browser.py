@@ -125,9 +125,7 @@ def test_methods_and_classes_are_switched_and_scored(browser: Any, service: Runn
     page.page.wait_for_selector("#reasons table", timeout=120_000)
     assert page.page.locator("#reasons tbody tr").count() >= 2
     page.page.select_option("#method", "rollout")
-    page.page.wait_for_function(
-        "document.querySelector('#reasons h3').textContent.includes('knows no classes')"
-    )
+    page.page.wait_for_selector("#reasons h3:has-text('knows no classes')")
     page.close()
 
 
@@ -187,7 +185,7 @@ def test_everything_drawn_can_be_saved(browser: Any, service: Running, tmp_path:
     page.show(picture(6, (64, 64)))
     page.seek(0.7)
     names = set()
-    for button in page.page.locator("button.save").all():
+    for button in page.page.locator("button.save:visible").all():
         with page.page.expect_download() as download:
             button.click()
         path = tmp_path / download.value.suggested_filename
