@@ -29,7 +29,9 @@ class Outer:
 
 
 def test_a_record_survives_toml(tmp_path: Path) -> None:
-    record = Outer(name='quo"te\n', kind="y", size=(4, 5), limit=3, on=True, inner=Inner(rate=1e-4, sizes=(1, 2)))
+    record = Outer(
+        name='quo"te\n', kind="y", size=(4, 5), limit=3, on=True, inner=Inner(rate=1e-4, sizes=(1, 2))
+    )
     write_toml(record, tmp_path / "r.toml")
     assert from_dict(Outer, read_toml(tmp_path / "r.toml")) == record
     assert from_dict(Outer, to_dict(record)) == record

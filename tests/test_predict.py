@@ -112,7 +112,9 @@ def test_a_batch_in_one_array_is_taken_apart(predictor: Predictor) -> None:
     batch = np.random.default_rng(1).integers(0, 256, (2, 40, 40, 3), dtype=np.uint8)
     together, alone = predictor(batch), [predictor(picture)[0] for picture in batch]
     assert [record.label for record in together] == [record.label for record in alone]
-    assert [record.score for record in together] == pytest.approx([record.score for record in alone], rel=1e-5)
+    assert [record.score for record in together] == pytest.approx(
+        [record.score for record in alone], rel=1e-5
+    )
 
 
 def test_forward_takes_uint8_batches_and_gives_the_networks_logits(

@@ -29,7 +29,9 @@ _HOMES = {
     "list_models": "vitrail.models.registry",
 }
 
-__all__ = sorted(["Explainer", "Predictor", "create_model", "explain", "from_pretrained", "is_model", "list_models"])
+__all__ = sorted(
+    ["Explainer", "Predictor", "create_model", "explain", "from_pretrained", "is_model", "list_models"]
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -134,7 +134,9 @@ def test_crowds_are_not_learned_but_kept_for_scoring() -> None:
     train = {int(t.index): len(t.boxes) for batch in loader(world) for t in batch.targets}
     assert train == {0: 0, 1: 1, 2: 1, 3: 1}
     first = next(iter(loader(world, train=False))).targets[0]
-    assert first.crowd.tolist() == [True] and first.boxes[0].tolist() == pytest.approx([0.3125, 0.45, 0.375, 0.5])
+    assert first.crowd.tolist() == [True] and first.boxes[0].tolist() == pytest.approx(
+        [0.3125, 0.45, 0.375, 0.5]
+    )
 
 
 @pytest.mark.parametrize("kind", ["boxes", "masks"])

@@ -84,7 +84,9 @@ def test_every_verb_takes_the_folder_and_says_the_same(name: str, data: Path, tm
     model = str(trained.model)
     pictures = sorted(str(path) for path in (data / "val").rglob("*.png"))
 
-    scored = evaluate(EvaluateRun(model=model, data=(str(data),), engine="torch", output=str(tmp_path / "scores")))
+    scored = evaluate(
+        EvaluateRun(model=model, data=(str(data),), engine="torch", output=str(tmp_path / "scores"))
+    )
     assert scored.scores["acc1"] == pytest.approx(trained.scores["val"]["acc1"], abs=1e-9)
 
     told = records(trained.model, pictures)
@@ -96,12 +98,16 @@ def test_every_verb_takes_the_folder_and_says_the_same(name: str, data: Path, tm
     assert story.trace.prediction.label == told[0].label
     assert story.trace.prediction.score == pytest.approx(told[0].score, abs=1e-5)
 
-    reasons = next(iter(explain(ExplainRun(model=model, images=(pictures[0],), output=str(tmp_path / "why")))))
+    reasons = next(
+        iter(explain(ExplainRun(model=model, images=(pictures[0],), output=str(tmp_path / "why"))))
+    )
     assert reasons.explanations[0].label == told[0].label
     assert reasons.explanations[0].score == pytest.approx(told[0].score, abs=1e-5)
     assert reasons.explanations[0].on_picture().shape == reasons.explanations[0].picture.shape[1:]
 
-    anatomy = inspect(InspectRun(model=model, images=(str(data / "val"),), samples=4, output=str(tmp_path / "in")))
+    anatomy = inspect(
+        InspectRun(model=model, images=(str(data / "val"),), samples=4, output=str(tmp_path / "in"))
+    )
     assert anatomy.findings and all(path.is_file() for path in anatomy.files)
 
     copied = convert(ConvertRun(source=model, target=str(tmp_path / "copy")))

@@ -101,7 +101,10 @@ def test_a_saved_folder_opens_in_timm(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model = registry.create_model("cait_nano_patch4_32", depth=2).eval()
     model.save_pretrained(tmp_path / "saved")
-    theirs, images = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True), torch.randn(2, 3, 32, 32)
+    theirs, images = (
+        timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True),
+        torch.randn(2, 3, 32, 32),
+    )
     with torch.inference_mode():
         assert torch.allclose(model(images), theirs.eval()(images), atol=1e-5)
 

@@ -180,7 +180,9 @@ def test_reads_the_authors_file_with_its_wrapper(tmp_path: Path) -> None:
     assert torch.equal(again.eval()(images), model(images))
 
 
-@pytest.mark.parametrize("changes", [{}, {"position_on_prefix": False, "layer_scale": 0.5, "distilled": False}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"position_on_prefix": False, "layer_scale": 0.5, "distilled": False}]
+)
 def test_a_saved_folder_opens_in_timm(changes: dict[str, Any], tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     model, images = _tiny(**changes), torch.randn(2, 3, 32, 32)

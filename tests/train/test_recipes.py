@@ -56,7 +56,9 @@ def test_a_recipe_is_complete_and_every_part_of_the_run_takes_it(name: str) -> N
     )
     Schedule(course=chosen.sched or "cosine", steps=100, floor=(chosen.min_lr or 0.0) / chosen.lr)
     if task != "image-classification":
-        JointAugmentation(scale=chosen.scale, hflip=chosen.hflip or 0.0, color_jitter=chosen.color_jitter or 0.0)
+        JointAugmentation(
+            scale=chosen.scale, hflip=chosen.hflip or 0.0, color_jitter=chosen.color_jitter or 0.0
+        )
         return
     Augmentation(crop=chosen.crop, scale=chosen.scale, aa=chosen.aa, color_jitter=chosen.color_jitter or 0.0)
     Mix(num_classes=10, mixup=mixup, cutmix=cutmix, smoothing=smoothing)

@@ -37,15 +37,23 @@ COMMANDS = (
     Command("evaluate", "EvaluateRun", ("model", "data"), "score a model on labelled images"),
     Command("predict", "PredictRun", ("model", "images"), "say what is in images"),
     Command("trace", "TraceRun", ("model", "image"), "show how one image becomes a prediction, step by step"),
-    Command("explain", "ExplainRun", ("model", "images"), "show where a model looks, and how far to trust that"),
-    Command("inspect", "InspectRun", ("model", "images"), "draw the figures of the papers for your own model"),
+    Command(
+        "explain", "ExplainRun", ("model", "images"), "show where a model looks, and how far to trust that"
+    ),
+    Command(
+        "inspect", "InspectRun", ("model", "images"), "draw the figures of the papers for your own model"
+    ),
     Command("models", "ModelsRun", ("pattern",), "list the networks: parameters, GFLOPs, input size"),
     Command("info", "InfoRun", ("model",), "show the card of a network, model folder or weight file"),
-    Command("export", "ExportRun", ("model",), "write a model as ONNX, OpenVINO, torch or for Triton, with proof"),
+    Command(
+        "export", "ExportRun", ("model",), "write a model as ONNX, OpenVINO, torch or for Triton, with proof"
+    ),
     Command("convert", "ConvertRun", ("source", "target"), "bring weights from one layout into another"),
     Command("data check", "DataCheckRun", ("data",), "find what is wrong with a data set"),
     Command("bench", "BenchRun", ("model",), "measure speed, memory, parameters and FLOPs"),
-    Command("compare", "CompareRun", ("data",), "train families side by side at equal budget; cost against size"),
+    Command(
+        "compare", "CompareRun", ("data",), "train families side by side at equal budget; cost against size"
+    ),
     Command("serve", "ServeRun", ("models",), "answer over HTTP what is in pictures, and show why on a page"),
     Command("doctor", "DoctorRun", (), "check the installation; each problem with its cure"),
     Command("demo", "DemoRun", (), "train, evaluate, predict and trace on built-in digits, in two minutes"),
