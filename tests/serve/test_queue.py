@@ -187,7 +187,7 @@ def test_deadlines_and_clients_that_leave(small: Running) -> None:
     inside = small.house.places["first"].admission
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(small.predict, picture())
-        until(lambda: inside.images == 1)
+        until(lambda: small.house.engine.busy_since is not None)
         late = small.predict(picture(), "?deadline_ms=100")
         assert (late.status, late.json["code"]) == (504, "deadline")
         gone = http.client.HTTPConnection("127.0.0.1", small.port)
