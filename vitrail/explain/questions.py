@@ -173,9 +173,11 @@ def query_attention(asked: Asked, images: Float[Tensor, "B C I J"], targets: Seq
 
 
 def question_gradcam(asked: Asked, images: Float[Tensor, "B C I J"], targets: Sequence[int] | Tensor) -> Heat:
-    """Grad-CAM on all of the backbone's maps: each weighted by the sum of its channels' gradients, then added up.
+    """Grad-CAM on all of the backbone's maps, cell by cell: activation times its own gradient, summed over channels.
 
-    The maps are brought to the finest one's size; what tells against the class is cut at 0 after the sum.
+    A box or a region hangs on its own cells, so gradients are not averaged over the map first (HiResCAM, Draelos and
+    Carin 2020, 2011.08891). The maps are brought to the finest one's size, a cell's share spread over the finer
+    cells, and added up; what tells against the class is cut at 0 after the sum.
     """
     leaves: list[Tensor] = []
 
@@ -195,12 +197,12 @@ def question_gradcam(asked: Asked, images: Float[Tensor, "B C I J"], targets: Se
     total = torch.zeros(len(images), 1, *size, device=images.device)
     for map, gradient in zip(leaves, gradients, strict=True):
         if gradient is not None:
-            part = (gradient.sum(dim=(2, 3), keepdim=True) * map.detach()).sum(dim=1, keepdim=True)
-            part = part / (map.shape[2] * map.shape[3])
+            part = (gradient * map.detach()).sum(dim=1, keepdim=True)  # [B, 1, h, w]
+            part = part * (map.shape[2] * map.shape[3]) / (size[0] * size[1])
             total = total + F.interpolate(part, size=size, mode="bilinear", align_corners=False)
     return Heat(
         values=total[:, 0].clamp_min(0).float().cpu(),
         placement=stretched(Grid(*size), (images.shape[2], images.shape[3])),
-        units="channels weighted by their gradient, all levels, cut at 0",
+        units="activation times gradient, all levels, cut at 0",
         where="after the backbone",
     )
