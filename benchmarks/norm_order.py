@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -67,37 +68,42 @@ def measure(arguments: argparse.Namespace, order: str, depth: int, warmup: bool)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Top-1 against depth, a line for each order and warm-up."""
+    """Training loss at the end, and top-1, against depth; a line for each order and warm-up."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(9.6, 4.0), layout="constrained")
     colours = {"pre": "#31688e", "post": "#d8843b"}
-    for order in ("pre", "post"):
-        for warmup in (True, False):
-            own = [row for row in rows if row["order"] == order and row["warmup"] == warmup]
-            axis.plot(
-                [row["depth"] for row in own],
-                [row["top1"] for row in own],
-                color=colours[order],
-                marker="o" if warmup else "s",
-                linestyle="-" if warmup else "--",
-                label=f"{order}-norm, {'warm-up' if warmup else 'no warm-up'}",
-            )
-    axis.axhline(10, color="#999999", linewidth=0.8)
-    axis.set_xscale("log")
+    shown = (
+        ("loss", "training loss, mean of the last tenth", math.log(10)),
+        ("top1", "top-1 on held-back pictures, %", 10.0),
+    )
     depths = sorted({row["depth"] for row in rows})
-    axis.set_xticks(depths, [str(depth) for depth in depths])
-    axis.minorticks_off()
-    axis.set_xlabel("depth, blocks")
-    axis.set_ylabel("top-1 on held-back pictures, %")
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(alpha=0.25)
-    axis.legend(frameon=False)
+    for axis, (value, words, chance) in zip(panels, shown, strict=True):
+        for order in ("pre", "post"):
+            for warmup in (True, False):
+                own = [row for row in rows if row["order"] == order and row["warmup"] == warmup]
+                axis.plot(
+                    [row["depth"] for row in own],
+                    [row[value] for row in own],
+                    color=colours[order],
+                    marker="o" if warmup else "s",
+                    linestyle="-" if warmup else "--",
+                    label=f"{order}-norm, {'warm-up' if warmup else 'no warm-up'}",
+                )
+        axis.axhline(chance, color="#999999", linewidth=0.8, label="chance, ten classes")
+        axis.set_xscale("log")
+        axis.set_xticks(depths, [str(depth) for depth in depths])
+        axis.minorticks_off()
+        axis.set_xlabel("depth, blocks")
+        axis.set_ylabel(words)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25)
+    panels[0].legend(frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
