@@ -17,7 +17,12 @@ from vitrail.explain.heat import Heat
 from vitrail.explain.methods import Options, heat_of
 from vitrail.models.model import Model
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(3600),
+    # a map without differences has no ranks; the tests leave it out
+    pytest.mark.filterwarnings("ignore:An input array is constant"),
+]
 
 SPECIFIC = ("relevance", "integrated_gradients", "occlusion")
 """Class-specific methods that are held to the bounds; Grad-CAM is not, see `test_gradcam_...`."""
