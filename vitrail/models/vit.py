@@ -24,7 +24,7 @@ from vitrail.models.vit_layouts import context as context
 from vitrail.nn.attention import Attention
 from vitrail.nn.bit import BitStem
 from vitrail.nn.block import Block, drop_path_rates
-from vitrail.nn.entry import Chain, ConvStem, DropTokens, Patchify, PrefixTokens, check_divides
+from vitrail.nn.entry import Chain, ConvStem, DropTokens, Patchify, PoolStem, PrefixTokens, check_divides
 from vitrail.nn.heads import ClassHead, Pool
 from vitrail.nn.init import init_jax, init_trunc_normal, skip_on_meta
 from vitrail.nn.position import LearnedPosition, PositionKind, SinCosPosition
@@ -53,8 +53,8 @@ class Config:
     """H, heads of attention; they share the width."""
     hidden: int = 3072
     """F, width of the MLP's inner layer."""
-    stem: Literal["patch", "conv", "resnet"] = "patch"
-    """What projects patches: one linear map, strided convolutions, or the hybrids' ResNet."""
+    stem: Literal["patch", "conv", "pool", "resnet"] = "patch"
+    """What projects patches: one linear map, strided convolutions, convolutions and pooling, or the hybrids' ResNet."""
     stem_layers: tuple[int, ...] = ()
     """Units in each stage of the ResNet stem."""
     position: PositionKind = "learned"
@@ -139,7 +139,7 @@ def _check(config: Config) -> None:
             f"A ResNet stem of layers {config.stem_layers} has stride {_stem_stride(config)}: patch_size must be a"
             f" multiple of it; got {config.patch_size}."
         )
-    if config.stem == "conv" and config.patch_size[0] != config.patch_size[1]:
+    if config.stem in ("conv", "pool") and config.patch_size[0] != config.patch_size[1]:
         raise ModelError(f"A convolutional stem needs a square patch; got {config.patch_size}.")
 
 
@@ -197,6 +197,8 @@ def _entry(config: Config, grid: Grid) -> Chain:
     parts: dict[str, nn.Module] = {}
     if config.stem == "conv":
         parts["patches"] = ConvStem(config.in_chans, config.width, config.patch_size[0])
+    elif config.stem == "pool":
+        parts["patches"] = PoolStem(config.in_chans, config.width, config.patch_size[0])
     elif config.stem == "resnet":
         parts["stem"] = BitStem(config.in_chans, config.stem_layers)
         rest = (config.patch_size[0] // _stem_stride(config), config.patch_size[1] // _stem_stride(config))

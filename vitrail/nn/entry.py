@@ -91,9 +91,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
-        steps = patch.bit_length() - 1
-        if 2**steps != patch or steps < 1:
-            raise ModelError(f"A convolutional stem needs a patch of 2, 4, 8, 16 or 32; got {patch}.")
+        steps = halvings(patch)
         self.patch = (patch, patch)
         layers: list[nn.Module] = []
         before = channels
@@ -110,6 +108,43 @@ class ConvStem(nn.Module):
     def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
         check_divides(map.shape[2], map.shape[3], self.patch)
         return self.layers(map), prefix
+
+
+class PoolStem(nn.Module):
+    """Convolutions that overlap and pool in place of one patch projection (CCT, Hassani et al. 2021, 2104.05704).
+
+    Each layer is a 3 x 3 convolution at full resolution, ReLU, and a 3 x 3 maximum that halves the map, until one
+    cell is a patch. Unlike CCT's, each has a batch norm before the ReLU: short runs need it.
+    """
+
+    def __init__(self, channels: int, width: int, patch: int) -> None:
+        super().__init__()
+        steps = halvings(patch)
+        self.patch = (patch, patch)
+        layers: list[nn.Module] = []
+        before = channels
+        for step in range(steps):
+            after = max(width // 2 ** (steps - 1 - step), 24) if step < steps - 1 else width
+            layers += [
+                nn.Conv2d(before, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+                nn.MaxPool2d(3, stride=2, padding=1),
+            ]
+            before = after
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
+        check_divides(map.shape[2], map.shape[3], self.patch)
+        return self.layers(map), prefix
+
+
+def halvings(patch: int) -> int:
+    """How often a map is halved until one cell is a patch. Raises ModelError unless the patch is a power of two."""
+    steps = patch.bit_length() - 1
+    if 2**steps != patch or steps < 1:
+        raise ModelError(f"A convolutional stem needs a patch of 2, 4, 8, 16 or 32; got {patch}.")
+    return steps
 
 
 class SoftSplit(nn.Module):
