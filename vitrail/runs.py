@@ -102,6 +102,9 @@ class TrainRun:
     """Cross-entropy over the classes, or binary cross-entropy of each (DeiT III; without smoothing)."""
     smoothing: float | None = None
     """Label smoothing, 0..1."""
+    balance: float | None = None
+    """Masks: how far rare classes count for more: pixels weigh (median share / share of their class) ^ balance; 0
+    weighs all alike, 1 is median frequency balancing."""
     model_ema: float | None = None
     """Decay of the averaged weights that are evaluated and saved, such as 0.999 (0 = none)."""
 
@@ -223,7 +226,10 @@ class PredictRun:
     merge_tokens: int = 0
     """Plain ViTs: tokens that become one with others in every block; quicker, nearly the same answers."""
     workers: int | None = None
-    """Processes that load images."""
+    """Processes that load images; with cluster, those that predict (by default one for each core or GPU)."""
+    cluster: bool = False
+    """Run as a Ray Data job, over many machines if Ray has them; writes parquet into output, and goes on where it
+    stopped. Images may also be a .parquet, a .txt list of addresses, or addresses such as s3://."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +320,8 @@ class ConvertRun:
     """Layout of the result: vitrail (a model folder), timm, transformers ..."""
     model: str | None = None
     """Name of the network, when the weights alone do not tell."""
+    half: bool = False
+    """Round to float16: half the size; the receipt says how far the numbers moved."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -502,6 +510,8 @@ class ServeRun:
     """Most pictures in one batch."""
     deadline: float = 10.0
     """Seconds until a request is answered 504."""
+    engine: EngineName = "auto"
+    """What computes; auto takes what `vitrail predict` would take."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "auto"

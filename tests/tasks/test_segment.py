@@ -45,6 +45,20 @@ def test_auxiliary_heads_have_their_weight_and_are_brought_to_the_labels_size() 
     assert torch.allclose(terms["loss"], terms["mask"] + terms["auxiliary"])
 
 
+def test_weights_of_classes_are_those_of_a_weighted_mean() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(2, 3, 5, 7), torch.randint(0, 3, (2, 5, 7))
+    targets[0, :2] = 255
+    weights = [0.5, 1.0, 4.0]
+    found = Segment(["a", "b", "c"], weights=weights).loss(logits, targets)["loss"]
+    wanted = F.cross_entropy(logits, targets, torch.tensor(weights), ignore_index=255)
+    torch.testing.assert_close(found, wanted)
+    empty = Segment(["a", "b", "c"], weights=weights).loss(logits, torch.full((2, 5, 7), 255))["loss"]
+    assert float(empty) == 0
+    with pytest.raises(ConfigError, match="3 classes"):
+        Segment(["a", "b", "c"], weights=[1.0, 1.0])
+
+
 def test_a_batch_without_one_label_has_no_loss_and_no_gradient() -> None:
     logits = torch.randn(1, 4, 3, 3, requires_grad=True)
     loss = Segment(LABELS).loss(logits, torch.full((1, 3, 3), 255))["loss"]

@@ -229,7 +229,9 @@ class _Job:
 
     def _inputs(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
         there = images.to(self.runtime.device, non_blocking=True)
-        if there.device.type == "cpu":  # convolutions train up to a quarter quicker so, and the others as before
+        if (
+            there.device.type == "cpu"
+        ):  # convolutions train up to a quarter quicker so, and the others as before
             there = there.contiguous(memory_format=torch.channels_last)
         return normalise(there, self.preprocessing, padding=padding)
 
@@ -375,7 +377,8 @@ def _check(run: TrainRun) -> None:
     """Raises ConfigError for numbers that no part of the run would notice before it is too late."""
     least = {
         "epochs": 1, "steps": 1, "batch_size": 1, "grad_accum_steps": 1, "aug_repeats": 1, "keep": 1, "seed": 0,
-        "workers": 0, "warmup_epochs": 0, "min_lr": 0, "clip_grad": 0, "eval_every": 0, "save_every": 0, "patience": 0, "balance": 0,
+        "workers": 0, "warmup_epochs": 0, "min_lr": 0, "clip_grad": 0, "eval_every": 0, "save_every": 0, "patience": 0,
+        "balance": 0,
     }  # fmt: skip
     for name, bound in least.items():
         value = getattr(run, name)

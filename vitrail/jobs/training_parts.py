@@ -24,6 +24,7 @@ from vitrail.runtime import Runtime
 from vitrail.train.distill import Distillation
 from vitrail.train.log import Note
 from vitrail.weights import folder as folders
+from vitrail.weights.card import Card
 
 Objective = Callable[[Any, Tensor, Tensor], Mapping[str, Tensor]]
 
@@ -63,10 +64,10 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
         for line in load_backbone(model, folders.model_folder(run.backbone)).lines():
             say(Note(text=f"backbone: {line}", kind="receipt"))
     if run.pretrained is not None:
-        path = folders.model_folder(run.pretrained) if Path(run.pretrained).is_dir() else run.pretrained
+        path = folders.find(run.pretrained) or run.pretrained
         receipt = loading.load_pretrained(model, path, replace_head=True)
         known = model.card.labels
-        if known is not None and tuple(known) != data.classes:
+        if known is not None and tuple(known) != _called(model.card, data.classes):
             model.reset_classifier(len(data.classes))
             say(Note(text="The weights' classes have other names: the head is new.", kind="receipt"))
         elif any(name.startswith("head.") for name in receipt.fresh):
@@ -76,14 +77,21 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
         for line in receipt.lines():
             say(Note(text=line, kind="receipt"))
     model.set_grad_checkpointing(run.grad_checkpointing)
+    labels = _called(model.card, data.classes)
     model.card = dataclasses.replace(
         model.card,
-        labels=data.classes,
+        labels=labels,
+        folders=data.classes if labels != data.classes else (),
         preprocessing=_preprocessing(run, model, data),
         source="trained with vitrail",
         data=", ".join(Path(path).name for path in run.data),
     )
     return model
+
+
+def _called(card: Card, classes: tuple[str, ...]) -> tuple[str, ...]:
+    """What a card calls the classes of data."""
+    return tuple(card.names.get(name, name) for name in classes)
 
 
 def _config(run: TrainRun, classes: int) -> Any:
@@ -172,7 +180,7 @@ def _preprocessing(run: TrainRun, model: Any, data: Data) -> Any:
 
 def _card(pretrained: str | None) -> Any:
     """The card of a model folder; None for a weight file, or without weights."""
-    if pretrained is None or not Path(pretrained).is_dir():
+    if pretrained is None or folders.find(pretrained) is None:
         return None
     return folders.load(folders.model_folder(pretrained))[1]
 
@@ -209,7 +217,7 @@ def objective(run: TrainRun, task: Any, model: Any, runtime: Runtime) -> Objecti
             "A teacher teaches classes of whole pictures; boxes and masks have no distillation."
         )
     teacher = cast(Classifier, registry.from_pretrained(run.teacher))
-    if teacher.card.labels is not None and tuple(teacher.card.labels) != task.labels:
+    if teacher.card.labels is not None and tuple(teacher.card.labels) != _called(teacher.card, task.labels):
         raise ModelError(
             f"The teacher {run.teacher} knows other classes ({', '.join(teacher.card.labels[:5])} ...) than the"
             f" data ({', '.join(task.labels[:5])} ...). Train one on these classes first."
@@ -232,6 +240,25 @@ def objective(run: TrainRun, task: Any, model: Any, runtime: Runtime) -> Objecti
         return output
 
     return Distillation(task, answer, run.distill, run.distill_weight, run.distill_temperature)
+
+
+def class_weights(run: TrainRun, data: Data) -> list[float] | None:
+    """What a pixel of each class counts: (median share / its class's share) ^ balance, 1 for a class without pixels.
+
+    Median frequency balancing (Eigen and Fergus 2015, 1411.4734) is a balance of 1. None where all count alike.
+    Raises ConfigError for data without masks.
+    """
+    if not run.balance:
+        return None
+    if data.train.kind != "masks":
+        raise ConfigError(
+            f"balance weighs the classes of masks; this data has {data.train.kind}: leave it out."
+        )
+    pixels = torch.tensor(list(cast(Any, data.train).counts().values()), dtype=torch.float64)
+    met = pixels > 0
+    weights = torch.ones_like(pixels)
+    weights[met] = (pixels[met].median() / pixels[met]) ** run.balance
+    return [float(weight) for weight in weights]
 
 
 def has_one_layer(model: Any) -> bool:

@@ -48,13 +48,14 @@ def choose(
     smoothing: float = 0.0,
     loss: str = "ce",
     auxiliary: float = 0.4,
+    weights: Sequence[float] | None = None,
     mean: Callable[[Tensor], Tensor] | None = None,
 ) -> Any:
     """The task object (Classify, Detect or Segment) of a card's word.
 
     Args:
         smoothing, loss: of a classification (label smoothing; ce or bce).
-        auxiliary: of a segmentation, the weight of the auxiliary heads.
+        auxiliary: of a segmentation, the weight of the auxiliary heads; weights: of its classes.
         mean: of a detection, brings a number to its mean over processes.
     """
     facts_of(task)
@@ -65,7 +66,7 @@ def choose(
     if task == "image-segmentation":
         from vitrail.tasks.segment import Segment
 
-        return Segment(labels, auxiliary=auxiliary)
+        return Segment(labels, auxiliary=auxiliary, weights=weights)
     from vitrail.tasks.classify import Classify
 
     return Classify(labels, smoothing=smoothing, objective="sigmoid" if loss == "bce" else "softmax")

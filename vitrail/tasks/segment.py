@@ -85,11 +85,14 @@ class Segment:
         labels: class names in the order of the logits; at most 255, so that a mask is a picture of bytes.
         ignore: the value of pixels that count nowhere; negative values never count either.
         auxiliary: weight of each auxiliary head's loss (SETR: 0.4), the last head's is 1.
+        weights: what a pixel of each class counts in the loss `[K]`; left out, all count alike. The loss is divided
+            by the summed weights of the pixels, so that only their ratios matter.
         average: "valid" divides by the pixels that have a label; "all" by all pixels, as mmsegmentation does,
             which makes steps smaller where much is ignored.
 
     Raises:
-        ConfigError: no labels or too many, a negative weight, or an ignored value that is a class.
+        ConfigError: no labels or too many, a negative weight, another number of weights than classes, or an ignored
+            value that is a class.
     """
 
     def __init__(
@@ -98,6 +101,7 @@ class Segment:
         *,
         ignore: int = IGNORE,
         auxiliary: float = 0.4,
+        weights: Sequence[float] | None = None,
         average: Literal["valid", "all"] = "valid",
     ) -> None:
         if not 1 <= len(labels) <= 255:
@@ -108,8 +112,13 @@ class Segment:
             )
         if auxiliary < 0:
             raise ConfigError(f"The weight of auxiliary heads must be 0 or more; got {auxiliary}.")
+        if weights is not None and (len(weights) != len(labels) or min(weights) < 0):
+            raise ConfigError(
+                f"weights takes a number of at least 0 for each of the {len(labels)} classes; got {list(weights)}."
+            )
         self.labels = tuple(labels)
         self.ignore, self.auxiliary, self.average = ignore, auxiliary, average
+        self.weights = None if weights is None else torch.tensor(list(weights), dtype=torch.float32)
 
     def loss(self, output: Tensor | MaskOutput, targets: Int[Tensor, "B I J"]) -> dict[str, Tensor]:
         """Cross-entropy over pixels in float32: "loss" is the total, "mask" the last head's, "auxiliary" the
@@ -128,7 +137,12 @@ class Segment:
             found = sorted(set(targets[~unlabelled].unique().tolist()) - set(range(len(self.labels))))
             raise DataError(_unknown(found, len(self.labels), self.ignore))
         targets = targets.masked_fill(unlabelled, IGNORE)
-        count = targets.numel() if self.average == "all" else (~unlabelled).sum().clamp(min=1)
+        count: Tensor | int = targets.numel()
+        if self.average == "valid":
+            count = (~unlabelled).sum().clamp(min=1)
+            if self.weights is not None:
+                each = self.weights.to(logits.device)[targets.masked_fill(unlabelled, 0)]
+                count = (each * ~unlabelled).sum().clamp(min=1e-6)
         main = self._term(logits, targets) / count
         if not others:
             return {"loss": main, "mask": main}
@@ -140,7 +154,8 @@ class Segment:
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if logits.shape[2:] != targets.shape[1:]:
             logits = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False)
-        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        weight = None if self.weights is None else self.weights.to(logits)
+        return F.cross_entropy(logits, targets, weight, ignore_index=IGNORE, reduction="sum")
 
     def decode(
         self,
