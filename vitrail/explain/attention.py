@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, UnsupportedError
@@ -43,9 +43,11 @@ class Look:
     """Where the cells of the grid lie in the network's input."""
     weights: Tensor
     """Attention of queries to keys `[B, H, N, M]`; where N is the prefix alone, the other tokens are handed on
-    unread. Window by window, `[B, H, W, L, L]`, where there are `members`."""
+    unread. Window by window, `[B, H, W, L, L]`, where there are `members`. `[B, N, F]` where there is a `factor`."""
     members: Int[Tensor, "W L"] | None = None
     """Which keys (and which queries of the map padded like them) each window holds."""
+    factor: Float[Tensor, "B M F"] | None = None
+    """Where it is there, the mean over heads is `weights` times it, transposed: a product never written down."""
 
 
 @dataclass(kw_only=True)
@@ -107,7 +109,7 @@ def explicit(
     network: nn.Module,
     *,
     gradients: bool = False,
-    keep: Callable[[Tensor], Tensor] | None = None,
+    mean: bool = False,
     alter: Callable[[Look, Tensor], Tensor] | None = None,
     only: Collection[str] | None = None,
     local: bool = False,
@@ -117,7 +119,7 @@ def explicit(
     Args:
         gradients: compute every mixer's output from its recorded weights, so that the output can be
             differentiated by them.
-        keep: what is kept of the weights, such as the mean over heads; everything by default.
+        mean: keep the mean over heads alone, and that of random features in its two factors.
         alter: other weights to compute the mixer's output from, such as those without some keys.
         only: names of the mixers that are recorded; all of them by default.
         local: leave weights window by window where a mixer has them so: most of the whole matrix is zero.
@@ -127,6 +129,7 @@ def explicit(
     if only is not None:
         mixers = {name: mixer for name, mixer in mixers.items() if name in only}
     entries = {f"{name}.entry": stage.entry for name, stage in stages.items()}
+    computed = gradients or alter is not None  # outputs are made from the recorded weights
     homes = {name: next((block for block in blocks if name.startswith(block + ".")), name) for name in mixers}
 
     def heard(name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -137,14 +140,20 @@ def explicit(
             return None
         mixer: Any = module
         windowed = local and hasattr(mixer, "local_weights")
-        weights: Tensor = (mixer.local_weights if windowed else mixer.weights)(*arguments)
+        factor: Tensor | None = None
+        weights: Tensor
+        if mean and not computed and hasattr(mixer, "factors"):
+            weights, factor = _factored(*mixer.factors(*arguments))
+        else:
+            weights = (mixer.local_weights if windowed else mixer.weights)(*arguments)
         mix = mixer.local_mix if windowed else mixer.mix
         if gradients and not weights.requires_grad:
             weights.requires_grad_()
         members = mixer.members(arguments[1], weights.device) if windowed else None
-        look = _look(name, homes[name], found, module, arguments, weights, members)
+        look = _look(name, homes[name], found, module, arguments, weights, members, factor)
         look.placement = maps.get(look.grid, look.placement)
-        look.weights = weights if keep is None else keep(weights)
+        if mean and factor is None:
+            look.weights = weights.mean(dim=1) if weights.shape[1] > 1 else weights[:, 0]
         found.events.append(look)
         if alter is not None:
             return mix(alter(look, weights), *arguments)
@@ -196,6 +205,13 @@ def _remembering(project: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
     return remembered
 
 
+def _factored(
+    queries: Float[Tensor, "B H N M"], keys: Float[Tensor, "B H N M"]
+) -> tuple[Float[Tensor, "B N F"], Float[Tensor, "B N F"]]:
+    """Two factors a head as two factors of the mean over heads: F is all heads' features."""
+    return queries.transpose(1, 2).flatten(2) / queries.shape[1], keys.transpose(1, 2).flatten(2)
+
+
 def _move(name: str, entry: nn.Module, arguments: tuple[Any, ...], output: Any) -> Move:
     (map_before, prefix_before), (map, prefix) = arguments[:2], output
     before, after = Grid(*map_before.shape[2:]), Grid(*map.shape[2:])
@@ -219,13 +235,17 @@ def _look(
     arguments: tuple[Any, ...],
     weights: Tensor,
     members: Tensor | None,
+    factor: Tensor | None,
 ) -> Look:
     given = arguments[0]
     grid = (
         Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]
     )  # a map (non-local), or tokens with their grid
     prefix = 0 if given.ndim == 4 else given.shape[1] - grid.size
-    count = weights.shape[3] if members is None else members.numel()
+    if factor is not None:
+        count = factor.shape[1]
+    else:
+        count = weights.shape[3] if members is None else members.numel()
     keys = keys_of(mixer, count, grid, prefix)
     if keys is None:
         raise UnsupportedError(
@@ -243,6 +263,7 @@ def _look(
         placement=found.placement,
         weights=weights,
         members=members,
+        factor=factor,
     )
 
 

@@ -83,9 +83,12 @@ def token_number(token: str, prefix: int) -> int:
 def looked_at(rows: Rows, look: Look, weights: Tensor) -> Rows:
     """What the readers get through one layer's weights: rows · weights, laid out over prefix and cells.
 
-    `weights` are `[B, N, M]`, or `[B, W, L, L]` where the look has the members of its windows.
+    `weights` are `[B, N, M]`, or `[B, W, L, L]` where the look has the members of its windows; a look with a factor
+    gets them times it.
     """
     got = _through_windows(rows, look, weights) if look.members is not None else _through(rows, weights)
+    if look.factor is not None:
+        got = got @ look.factor.transpose(1, 2)
     keys = look.keys
     prefix = got.new_zeros(rows.prefix.shape)
     prefix[:, :, : keys.prefix] = got[:, :, : keys.prefix]
@@ -212,7 +215,7 @@ def attention(
 
 def rollout(network: nn.Module, images: Float[Tensor, "B C I J"], token: str = "") -> Heat:
     """Attention rollout to the token that the head reads; shares of one, `elsewhere` on prefix and padding."""
-    with held_still(network), torch.no_grad(), explicit(network, keep=_head_mean, local=True) as found:
+    with held_still(network), torch.no_grad(), explicit(network, mean=True, local=True) as found:
         network(images)
     start = start_rows(found, reading(network, token), images)
     rows = carried_back(found, start, lambda look: look.weights, 0.5)
@@ -223,11 +226,6 @@ def rollout(network: nn.Module, images: Float[Tensor, "B C I J"], token: str = "
         where=_whose(token, "all layers"),
         elsewhere=(1 - rows.cells[:, 0].sum(dim=(1, 2))).float().cpu(),
     )
-
-
-def _head_mean(weights: Tensor) -> Tensor:
-    """The mean over heads, of whole matrices or window by window."""
-    return weights.mean(dim=1) if weights.shape[1] > 1 else weights[:, 0]
 
 
 def relevance(

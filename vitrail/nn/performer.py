@@ -123,13 +123,21 @@ class RandomFeatures(Attention):
         return self.merge(heads.to(values.dtype), values)
 
     def weights(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B H N N"]:
+        queries, keys = self.factors(tokens, grid)
+        with _without_autocast(tokens):
+            return queries @ keys.transpose(-2, -1)
+
+    def factors(
+        self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None
+    ) -> tuple[Float[Tensor, "B H N M"], Float[Tensor, "B H N M"]]:
+        """The weights as they are before they are written down: the first times the second, transposed."""
         queries, keys, _ = self.project(tokens)
         with _without_autocast(tokens):
             phi_q, phi_k = self._features(queries, keys)
             total = (
                 phi_q @ phi_k.sum(dim=-2, keepdim=True).transpose(-2, -1) + self.kernel.guard
             )  # [B, H, N, 1]
-            return (phi_q / total) @ phi_k.transpose(-2, -1)  # [B, H, N, N]
+            return phi_q / total, phi_k
 
     def _features(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """Both in float32 at least: exp(-17) is zero in half precision."""
