@@ -502,6 +502,8 @@ class ServeRun:
     """File whose first line every request must carry as its bearer token."""
     allow_host: tuple[str, ...] = ()
     """Further names under which browsers may call the service."""
+    fetch_from: tuple[str, ...] = ()
+    """Hosts (HOST or HOST:PORT) that pictures may be fetched from by URL; none by default."""
 
     # answers
     exact: bool = True

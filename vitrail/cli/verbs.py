@@ -228,7 +228,7 @@ def demo(run: DemoRun) -> int:
 
 def models(run: ModelsRun) -> int:
     """The list of networks."""
-    from vitrail.jobs.models import RULE
+    from vitrail.jobs.models import RULE, shipped
     from vitrail.jobs.models import models as job
 
     rows = job(run)
@@ -244,6 +244,9 @@ def models(run: ModelsRun) -> int:
         right=["parameters", "GFLOPs", "input"],
     )
     show.say(f"{len(rows)} models. {RULE}.")
+    for name, card in shipped(run):
+        scores = ", ".join(f"{score} {value:.4f}" for score, value in card.scores.items() if score != "loss")
+        show.say(f"with weights: {name}, {len(card.labels or ())} classes, {card.data}: {scores}")
     return 0
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,10 @@ class Source:
     def at(self, stores: Sequence[Store], rows: Array) -> Source:
         """The same pictures kept elsewhere (data.cache); `rows` `[N, 2]` name store and entry of each."""
         return Source(stores, np.concatenate([rows, self._rows[:, 2:]], axis=1), self.classes, self.notes)
+
+    def called(self, names: Mapping[str, str]) -> Source:
+        """The same pictures, with other names for the classes that `names` has (name in the data -> name)."""
+        return Source(self.stores, self._rows, [names.get(name, name) for name in self.classes], self.notes)
 
     def relabel(self, classes: Sequence[str]) -> Source:
         """The same pictures with labels in the order of `classes`, such as a model's own.

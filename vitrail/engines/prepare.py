@@ -28,7 +28,7 @@ from vitrail.export.onnx import write_onnx
 from vitrail.export.program import capture
 from vitrail.export.wrap import Deployed
 from vitrail.models.registry import from_pretrained
-from vitrail.weights import files
+from vitrail.weights import files, shipped
 from vitrail.weights.card import Card
 from vitrail.weights.folder import model_folder, read_card
 
@@ -69,7 +69,8 @@ class Shelf:
         beside, away = self.model / FOLDER / self.key, Path.home() / ".cache/vitrail/engines" / self.key
         if (away / GRAPH).exists() and not (beside / GRAPH).exists():
             return away
-        return beside if os.access(self.model, os.W_OK) or beside.exists() else away
+        ours = self.model.parent == shipped.ASSETS  # the package is not a place to write to
+        return beside if beside.exists() or (os.access(self.model, os.W_OK) and not ours) else away
 
     def graph(self) -> Path | None:
         """The prepared graph, if there is one."""

@@ -204,9 +204,9 @@ def _transformers_twin(config: Any) -> nn.Module:
 def _network(model: str, img_size: tuple[int, int] | None) -> Any:
     """A network by name, or that of a folder, with random weights: speed does not depend on them."""
     changes: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    if Path(model).exists():
-        from vitrail.weights.folder import model_folder
+    from vitrail.weights.folder import find, model_folder
 
+    if find(model) is not None or Path(model).exists():
         with torch.device("cpu"):
             kept = registry.from_pretrained(model_folder(model))
         return registry.from_config(str(kept.name), registry.changed(kept.config, **changes))
@@ -215,7 +215,9 @@ def _network(model: str, img_size: tuple[int, int] | None) -> Any:
 
 def _named(model: str) -> str:
     """The name of the network in a folder, or the name itself."""
-    return str(_network(model, None).name) if Path(model).exists() else model
+    from vitrail.weights.folder import find
+
+    return str(_network(model, None).name) if find(model) is not None or Path(model).exists() else model
 
 
 def _size(given: tuple[int, ...]) -> tuple[int, int] | None:

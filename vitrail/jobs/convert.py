@@ -1,4 +1,5 @@
-"""`vitrail convert`: weights from one layout into another; no bit changes, and the result is read back to prove it."""
+"""`vitrail convert`: weights from one layout into another; no bit changes unless halving is asked for, and the result
+is read back to prove it."""
 
 from __future__ import annotations
 
@@ -40,10 +41,21 @@ class Converted:
     """Hash of the weight file written."""
     receipt: adapter.Receipt
     """What became of every tensor of the source."""
+    moved: float | None = None
+    """Largest change of a number through float16, as a share of its tensor's largest; None without rounding."""
 
     def lines(self) -> list[str]:
-        """The receipt, and what was written where."""
-        return [*self.receipt.lines(), f"written  {self.target}: {self.architecture}, layout {self.layout}"]
+        """The receipt, how far rounding moved the numbers, and what was written where."""
+        rounded = (
+            []
+            if self.moved is None
+            else [f"rounded  to float16, by at most {self.moved:.1e} of a tensor's largest"]
+        )
+        return [
+            *self.receipt.lines(),
+            *rounded,
+            f"written  {self.target}: {self.architecture}, layout {self.layout}",
+        ]
 
 
 def convert(run: ConvertRun) -> Converted:
@@ -63,6 +75,7 @@ def convert(run: ConvertRun) -> Converted:
     module = registry.family_of(name)
     config = _config(module, name, card)
     state, receipt, config = _read(tensors, name, config, card, run.source, digest)
+    state, moved = _halved(state) if run.half else (state, None)
     context = loading.context(module, config)
     layout = module.RENAMES[0] if run.layout == OWN else adapter.by_name(module.RENAMES, run.layout)
     written = adapter.write(state, layout, context)
@@ -81,7 +94,23 @@ def convert(run: ConvertRun) -> Converted:
         layout=layout.name,
         sha256=sha256,
         receipt=receipt,
+        moved=moved,
     )
+
+
+def _halved(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
+    """The state in float16, and the largest change. Raises WeightsError for numbers beyond float16's range."""
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    moved = 0.0
+    for name, half in halves.items():
+        if not torch.isfinite(half).all():
+            raise WeightsError(
+                f"{name} reaches {state[name].abs().max():.3g}, and float16 ends at 65504: convert it without --half."
+            )
+        largest = float(state[name].abs().max()) if state[name].numel() else 0.0
+        if largest and half.is_floating_point():
+            moved = max(moved, float((half.float() - state[name].float()).abs().max()) / largest)
+    return halves, moved
 
 
 def _named(card: Card | None) -> str | None:

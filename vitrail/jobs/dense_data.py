@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from vitrail.data.dense import TASKS as TASK_OF
@@ -32,7 +31,7 @@ def task_of(model: str | None, pretrained: str | None) -> str | None:
     """What a run's network is for, by its name or by the weights it starts from; None where neither tells."""
     if model is not None:
         return str(registry.default_card(model, registry.variant(model)).task)
-    if pretrained is not None and Path(pretrained).is_dir():
+    if pretrained is not None and folders.find(pretrained) is not None:
         return str(folders.load(folders.model_folder(pretrained))[1].task)
     return None
 

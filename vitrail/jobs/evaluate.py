@@ -182,6 +182,7 @@ def _matched(source: Source, engine: Engine) -> tuple[Source, list[str]]:
                 " they cannot be matched. Give the model its class names (config.json, id2label)."
             )
         return source, ["the model has no class names: its classes are taken in the data's order, unchecked"]
+    source = source.called(engine.card.names)
     if source.classes == known:
         return source, []
     shared = [name for name in source.classes if name in set(known)]

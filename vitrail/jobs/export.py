@@ -343,7 +343,7 @@ def _known(source: Source, card: Card) -> Source | str:
             return source
         return f"the data has {len(source.classes)} classes, the model {card.num_classes} without names"
     try:
-        return source.relabel(card.labels)
+        return source.called(card.names).relabel(card.labels)
     except DataError as error:
         return str(error)
 

@@ -55,8 +55,9 @@ def info(run: InfoRun) -> Info:
     Raises ModelError for what is none of them, WeightsError for a file that cannot be read.
     """
     place = Path(run.model)
-    if place.is_dir():
-        return _of_folder(place)
+    found = folder.find(place)
+    if found is not None:
+        return _of_folder(found)
     if place.is_file():
         return _of_weights(place, files.sha256(place))
     if registry.is_model(run.model):

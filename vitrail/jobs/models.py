@@ -15,6 +15,9 @@ from vitrail.config import to_dict
 from vitrail.errors import ModelError, suggestion
 from vitrail.models import registry
 from vitrail.runs import ModelsRun
+from vitrail.weights.card import Card
+from vitrail.weights.folder import read_card
+from vitrail.weights.shipped import names
 
 RULE = "GFLOPs: multiply-adds of matrix products and convolutions, in 10^9, one image (the papers' way)"
 
@@ -51,6 +54,13 @@ def models(run: ModelsRun) -> list[Row]:
         near = suggestion(run.pattern, registry.list_models())
         raise ModelError(f"No model matches {run.pattern!r}.{near} `vitrail models` lists them all.")
     return [row(name) for name in names]
+
+
+def shipped(run: ModelsRun) -> list[tuple[str, Card]]:
+    """Names and cards of the models that ship with weights, of the networks whose names match."""
+    networks = set(registry.list_models(run.pattern))
+    cards = [(name, read_card(name)) for name in names()]
+    return [(name, card) for name, card in cards if card.architecture in networks]
 
 
 def row(name: str) -> Row:

@@ -107,7 +107,7 @@ class Classifier(Model):
         self.head.reset(num_classes)
         self.config = dataclasses.replace(self.config, num_classes=num_classes)
         self.card = dataclasses.replace(
-            self.card, labels=None, config={**self.card.config, "num_classes": num_classes}
+            self.card, labels=None, folders=(), config={**self.card.config, "num_classes": num_classes}
         )
 
     def set_grad_checkpointing(self, on: bool = True) -> None:

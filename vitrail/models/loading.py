@@ -152,10 +152,11 @@ def read(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], C
 
     averaged: take a training checkpoint's averaged weights, for families whose published scores are theirs.
     """
-    place = Path(path)
-    if place.is_dir():
-        tensors, card = folder.load(place)
+    found = folder.find(path)
+    if found is not None:
+        tensors, card = folder.load(found)
         return tensors, card, card.sha256
+    place = Path(path)
     return files.read_tensors(place, averaged=averaged), None, files.sha256(place)
 
 
@@ -243,6 +244,7 @@ def _adopt(ours: Card, theirs: Card, keep_labels: bool) -> Card:
         ours,
         preprocessing=preprocessing,
         labels=theirs.labels if keep_labels else None,
+        folders=theirs.folders if keep_labels else (),
         licence=theirs.licence,
         source=theirs.source,
         data=theirs.data,

@@ -113,7 +113,8 @@ def create_model(
 
     name: a variant (`list_models()`), with or without a `.tag`, or `package.module:variant`.
     pretrained: a model folder or a weight file in any published layout of the family; True takes the weights
-        that ship with vitrail. The receipt of what was loaded is the model's `receipt`.
+        that ship with vitrail, and their configuration in place of the variant's. The receipt of what was loaded is
+        the model's `receipt`.
     num_classes, img_size, in_chans, changes: replace fields of the variant's Config. Where the classes differ from
         the file's, the last layer is new; positions are resampled to the grid.
 
@@ -122,8 +123,10 @@ def create_model(
     family = family_of(name)
     asked = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
     changes |= {field: value for field, value in asked.items() if value is not None}
-    config = variant(name, **changes)
     path = _shipped(name) if pretrained is True else pretrained
+    config = (
+        changed(_kept_config(family, path), **changes) if pretrained is True else variant(name, **changes)
+    )
     if path and num_classes is None:
         config = _classes_of(family, config, path)
     model = from_config(name, config)
@@ -176,9 +179,22 @@ def _classes_of(family: ModuleType, config: Any, path: str | Path) -> Any:
 
 
 def _shipped(name: str) -> Path:
-    raise ModelError(
-        f"No weights of {name} ship with vitrail. Give a model folder or a weight file: pretrained='PATH'."
-    )
+    from vitrail.weights import shipped
+
+    found = shipped.find(name)
+    if found is None:
+        raise ModelError(
+            f"No weights of {name} ship with vitrail, or several do (there are {', '.join(shipped.names())}). Give a"
+            " model folder or a weight file: pretrained='PATH'."
+        )
+    return found
+
+
+def _kept_config(family: ModuleType, folder: str | Path | bool) -> Any:
+    """The configuration that a model folder's card tells."""
+    from vitrail.weights.folder import read_card
+
+    return records.from_dict(family.Config, read_card(str(folder)).config, where=f"{folder}/config.json")
 
 
 def _bare(name: str) -> str:

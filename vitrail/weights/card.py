@@ -97,6 +97,10 @@ class Card:
     labels: tuple[str, ...] | None = None
     """Class names in the order of the logits; None where nobody wrote them down."""
 
+    folders: tuple[str, ...] = ()
+    """What the training data called the classes, where that is no name for people (ImageNet's n01440764): data under
+    these names is understood."""
+
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     """What the network wants to see."""
 
@@ -134,6 +138,11 @@ class Card:
             return int(self.config["num_classes"])
         return None if self.labels is None else len(self.labels)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """A class's name for people by what the training data called it; empty where the two are the same."""
+        return dict(zip(self.folders, self.labels or (), strict=False))
+
     def to_json(self, library: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The content of `config.json`: timm's and transformers' keys, and `"vitrail"` for the rest.
 
@@ -154,6 +163,7 @@ class Card:
             "config": dict(self.config),
             "layout": self.layout,
             "licence": self.licence,
+            "folders": list(self.folders),
             "source": self.source,
             "sha256": self.sha256,
             "scores": dict(self.scores),
@@ -239,6 +249,7 @@ class Card:
                 architecture=str(own.get("architecture") or view.get("architecture") or ""),
                 task=own.get("task", "image-classification"),
                 labels=_labels(view),
+                folders=tuple(str(name) for name in own.get("folders") or ()),
                 preprocessing=_preprocessing({**own, **view}, preprocessor or {}),
                 config=config,
                 layout=own.get("layout", ""),

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.errors import WeightsError
-from vitrail.weights import files
+from vitrail.weights import files, shipped
 from vitrail.weights.card import Card
 
 WEIGHTS = "model.safetensors"
@@ -124,10 +124,19 @@ def read_card(folder: str | Path) -> Card:
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder itself, or `model/` in it where it is a run folder. Raises WeightsError when it is no folder."""
+    """The model's folder that a path or a name means (`find`). Raises WeightsError where there is none."""
+    place = find(folder)
+    if place is None:
+        ships = ", ".join(shipped.names())
+        raise WeightsError(f"{folder} is no folder{f', and no model that ships ({ships})' if ships else ''}.")
+    return place
+
+
+def find(folder: str | Path) -> Path | None:
+    """A folder itself, `model/` in it where it is a run folder, or the model of that name that ships; else None."""
     place = Path(folder)
     if not place.is_dir():
-        raise WeightsError(f"{place} is no folder.")
+        return shipped.by_full_name(str(folder))
     inner = place / "model"
     return inner if not (place / CONFIG).exists() and (inner / CONFIG).exists() else place
 
