@@ -150,3 +150,26 @@ def test_padding_stays_finite_in_half_precision() -> None:
             parameter.zero_()  # type: ignore[operator]
         assert torch.isfinite(mixer(torch.randn(1, grid.size, 8, dtype=torch.float16), grid)).all()
     assert math.isfinite(mixer.logit_scale.sum().item())  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_bias_kept_from_before_follows_weights_grid_and_type(version: int) -> None:
+    mixer, grid = attention(version, Grid(4, 4), shifted=True), Grid(8, 8)
+    tokens = torch.randn(2, grid.size, 8, dtype=torch.float64)
+
+    def agrees(tokens: Tensor, grid: Grid) -> bool:
+        learning = mixer(tokens, grid).detach()  # nothing is kept where gradients may flow
+        with torch.no_grad():
+            return torch.allclose(mixer(tokens, grid), learning)
+
+    assert agrees(tokens, grid) and agrees(tokens, grid)
+    with torch.no_grad():
+        next(mixer.relative_bias.parameters()).add_(1 + torch.rand(()))
+        before = mixer(tokens, grid)
+        next(mixer.relative_bias.parameters()).mul_(-1)
+        assert not torch.allclose(mixer(tokens, grid), before)
+    assert agrees(tokens, grid) and agrees(tokens[:, :24], Grid(4, 6))
+    mixer.load_state_dict({name: value * 0.5 for name, value in mixer.state_dict().items()}, assign=True)
+    assert agrees(tokens, grid)
+    mixer.float()
+    assert agrees(tokens.float(), grid)

@@ -14,7 +14,7 @@ size that it was exported at: how many windows there are decides the shapes insi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,15 @@ def log_offsets(side: int, trained: int, device: torch.device) -> Float[Tensor, 
     return torch.sign(scaled) * torch.log2(1 + scaled.abs()) / math.log2(8)
 
 
+class Kept(NamedTuple):
+    """A bias that was computed, and what it was computed from."""
+
+    state: tuple[Any, ...]
+    weights: tuple[Tensor, ...]
+    """Held, so that no other tensor can take their place in memory."""
+    bias: Tensor
+
+
 class WindowAttention(Attention):
     """Multi-head attention among the tokens of each window, with a bias for their relative positions.
 
@@ -170,6 +179,7 @@ class WindowAttention(Attention):
         )
         self.window, self.shifted = window, shifted
         self.relative_bias = relative_bias
+        self._kept: Kept | None = None
 
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N D"]:  # type: ignore[override]
         plan = cut(grid, self.window, self.shifted)
@@ -224,18 +234,41 @@ class WindowAttention(Attention):
         return self._windows(places, plan)[0, :, :, 0]  # [W, L]
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor, plan: Cut) -> Float[Tensor, "BW H L E"]:
-        bias, mask = self.relative_bias(plan.window), shift_mask(plan, queries)
+        bias = self._bias(plan, queries)
         dropout = self.attention_dropout if self.training else 0.0
-        if mask is None:
+        if len(bias) == self.heads:
             return attend(queries, keys, values, self.scale, bias, dropout)
         # windows differ in their mask: they stand beside the heads, so that one bias serves the whole batch
-        bias = (bias + mask[:, None]).flatten(0, 1)  # [W * H, L, L]
         queries, keys, values = (
             part.unflatten(0, (-1, plan.windows)).flatten(1, 2) for part in (queries, keys, values)
         )  # each [B, W * H, L, E]
         heads = attend(queries, keys, values, self.scale, bias, dropout)
         apart: Tensor = heads.unflatten(1, (plan.windows, self.heads)).flatten(0, 1)  # [B * W, H, L, E]
         return apart
+
+    def _bias(self, plan: Cut, like: Tensor) -> Float[Tensor, "_ L L"]:
+        """The relative bias [H, L, L], with the mask of each window where they are shifted: [W * H, L, L].
+
+        It is kept from call to call while nobody learns, until a weight behind it changes.
+        """
+        weights = tuple(self.relative_bias.parameters())
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if torch.is_grad_enabled() or tracing or any(weight.is_inference() for weight in weights):
+            return self._computed_bias(plan, like)
+        state = (plan, like.dtype, *((weight.data_ptr(), weight._version) for weight in weights))
+        kept = self._kept  # one look, so that threads may share the module
+        if (
+            kept is None
+            or kept.state != state
+            or any(a is not b for a, b in zip(kept.weights, weights, strict=True))
+        ):
+            kept = Kept(state, weights, self._computed_bias(plan, like).contiguous())
+            self._kept = kept
+        return kept.bias
+
+    def _computed_bias(self, plan: Cut, like: Tensor) -> Float[Tensor, "_ L L"]:
+        bias, mask = self.relative_bias(plan.window), shift_mask(plan, like)
+        return bias if mask is None else (bias + mask[:, None]).flatten(0, 1)
 
     def _padded(self, tokens: Float[Tensor, "B N D"], grid: Grid, plan: Cut) -> Float[Tensor, "B h w D"]:
         map = tokens.unflatten(1, tuple(grid))  # [B, h, w, D]
@@ -250,7 +283,9 @@ class WindowAttention(Attention):
 
     def _laid_out(self, windows: Float[Tensor, "B W L D"], grid: Grid, plan: Cut) -> Float[Tensor, "B N D"]:
         """The tokens of windows in the order of the grid, shift and padding undone."""
-        map = torch.roll(reverse(windows, plan.window, plan.padded), tuple(plan.shift), dims=(1, 2))
+        map = reverse(windows, plan.window, plan.padded)
+        if plan.shift != (0, 0):
+            map = torch.roll(map, tuple(plan.shift), dims=(1, 2))
         return map[:, : grid.rows, : grid.columns].flatten(1, 2)  # [B, N, D]
 
     def extra_repr(self) -> str:
