@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vitrail.data.image import decode
 from vitrail.data.transforms import Preprocess
