@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
 def predict(run: PredictRun) -> int:
     """Records for images; 1 when some could not be read."""
+    if run.cluster:
+        return _on_cluster(run)
     from vitrail.jobs.predict import coco_form
     from vitrail.jobs.predict import predict as job
 
@@ -45,6 +48,21 @@ def predict(run: PredictRun) -> int:
     if bad:
         show.say(f"{bad} of {len(records)} images could not be read.")
     return 1 if bad else 0
+
+
+def _on_cluster(run: PredictRun) -> int:
+    """What a job on a cluster did; 1 when some images could not be read."""
+    from vitrail.jobs.cluster import predict_on_cluster
+
+    with show.messages():
+        done = predict_on_cluster(run, progress=sys.stderr.isatty())
+    show.say(
+        f"{done.folder}: {done.total} images, {done.before} of them from before, {done.seconds:.1f} s on"
+        f" {done.workers} workers"
+    )
+    if done.errors:
+        show.say(f"{done.errors} of {done.total} images could not be read.")
+    return 1 if done.errors else 0
 
 
 def _rows(record: Any, top_k: int, labels: tuple[str, ...]) -> list[dict[str, Any]]:

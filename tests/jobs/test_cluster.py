@@ -1,0 +1,166 @@
+"""Prediction as a Ray Data job: what is looked at, how a job goes on, and that nothing is told twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from export.worlds import colour_model, pictures
+
+from vitrail.errors import ConfigError, DataError
+from vitrail.jobs import cluster
+from vitrail.predict import Predictor
+from vitrail.runs import PredictRun
+
+pa = pytest.importorskip("pyarrow", reason="pip install 'vitrail[ray]' brings pyarrow and ray")
+parquet = pytest.importorskip("pyarrow.parquet")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return colour_model(tmp_path_factory.mktemp("cluster") / "model")
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Twelve pictures and a file that is none."""
+    folder = pictures(tmp_path / "photos")
+    (folder / "val" / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def worker(model: Path, **changes: Any) -> cluster.Worker:
+    run = PredictRun(model=str(model), images=("unused",), engine="torch", precision="fp32")
+    return cluster.Worker(cluster.worker_settings(run, 1) | changes, frozenset(changes.get("told", ())))
+
+
+def test_folders_patterns_addresses_and_lists_give_names_once(photos: Path, tmp_path: Path) -> None:
+    some = photos / "val" / "red" / "0.png"
+    lines = tmp_path / "list.txt"
+    lines.write_text(f"s3://bucket/one.jpg\n\n{some}\n", encoding="utf-8")
+    found = cluster.find([str(photos), str(some), str(lines), "https://example.org/two.jpg"]).names
+    assert len(found) == 13 + 2 and len(set(found)) == len(found)
+    assert found[-2:] == ["s3://bucket/one.jpg", "https://example.org/two.jpg"]
+    assert all(os.path.isabs(name) for name in found[:13])
+
+
+def test_a_parquet_holds_addresses_or_pictures(photos: Path, tmp_path: Path) -> None:
+    files = sorted((photos / "val" / "red").glob("*.png"))
+    held = [path.read_bytes() for path in files]
+    parquet.write_table(pa.table({"path": [str(path) for path in files]}), tmp_path / "addresses.parquet")
+    assert cluster.find([str(tmp_path / "addresses.parquet")]).names == [str(path) for path in files]
+    pairs = [{"bytes": data, "path": f"{place}.png"} for place, data in enumerate(held)]
+    parquet.write_table(pa.table({"image": pairs, "label": [0] * 4}), tmp_path / "pairs.parquet")
+    found = cluster.find([str(tmp_path / "pairs.parquet")])
+    assert (found.column, found.named_by, found.names) == ("image", "", ["0.png", "1.png", "2.png", "3.png"])
+
+
+def test_a_parquet_that_names_nothing_or_one_thing_twice_is_refused(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"label": [1]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="has the columns label"):
+        cluster.find([str(tmp_path / "a.parquet")])
+    parquet.write_table(pa.table({"path": ["x", "x"]}), tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="name each picture once"):
+        cluster.find([str(tmp_path / "b.parquet")])
+    with pytest.raises(ConfigError, match="looked at alone"):
+        cluster.find([str(tmp_path / "b.parquet"), "picture.jpg"])
+
+
+def test_a_worker_tells_what_the_predictor_tells_and_why_it_cannot(model: Path, photos: Path) -> None:
+    names = cluster.find([str(photos)]).names
+    table = worker(model)(pa.table({"source": names}))
+    assert table.schema == cluster.layout("image-classification")
+    told = {row["source"]: row for row in table.to_pylist()}
+    wanted = Predictor(model, "torch", "fp32")(names)
+    assert [told[record.source]["label"] for record in wanted] == [record.label for record in wanted]
+    broken = next(row for name, row in told.items() if name.endswith("broken.jpg"))
+    assert broken["label"] is None and "broken.jpg" in broken["error"]
+
+
+def test_pictures_inside_a_parquet_and_addresses_that_fail(model: Path, photos: Path) -> None:
+    data = (photos / "val" / "green" / "0.png").read_bytes()
+    held = worker(model, column="content", named_by="id", told=("1",))
+    rows = held(pa.table({"id": [1, 2], "content": [data, data]})).to_pylist()
+    assert [(row["source"], row["label"]) for row in rows] == [("2", "green")]
+    rows = worker(model)(pa.table({"source": ["nowhere://bucket/one.jpg"]})).to_pylist()
+    assert rows[0]["label"] is None and "nowhere" in rows[0]["error"]
+
+
+def test_what_was_cut_off_is_removed_and_what_is_told_twice_refused(tmp_path: Path) -> None:
+    schema = cluster.layout("image-classification")
+    rows = pa.Table.from_pylist([{"source": "a"}], schema=schema)
+    parquet.write_table(rows, tmp_path / "one.parquet")
+    whole = (tmp_path / "one.parquet").read_bytes()
+    (tmp_path / "two.parquet").write_bytes(whole[: len(whole) // 2])
+    assert cluster.already(str(tmp_path)) == {"a"}
+    assert not (tmp_path / "two.parquet").exists()
+    (tmp_path / "three.parquet").write_bytes(whole)
+    with pytest.raises(DataError, match="was told before"):
+        cluster.already(str(tmp_path))
+
+
+def test_flags_without_a_use_are_refused(model: Path) -> None:
+    run = PredictRun(model=str(model), images=("x.jpg",), cluster=True, format="csv")
+    with pytest.raises(ConfigError, match="leave --format"):
+        cluster.predict_on_cluster(run)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_killed(
+    model: Path, tmp_path: Path, data_dir: Path
+) -> None:
+    """A worker is killed in the middle, then the whole job; started again, it tells the rest."""
+    pytest.importorskip("ray", reason="pip install 'vitrail[ray]' brings ray")
+    psutil = pytest.importorskip("psutil")
+    folder, out = tmp_path / "pictures", tmp_path / "out.parquet"
+    folder.mkdir()
+    with zipfile.ZipFile(data_dir / "cifar10" / "test.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[:5000]
+        for name in names:
+            (folder / name.replace("/", "_")).write_bytes(archive.read(name))
+
+    def start() -> Any:
+        command = [sys.executable, "-m", "vitrail", "predict", str(model), str(folder), "--cluster"]
+        command += ["--output", str(out), "--workers", "2"]
+        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def told() -> list[str]:
+        found: list[str] = []
+        for file in out.glob("*.parquet"):
+            with contextlib.suppress(pa.ArrowInvalid):  # it is being written
+                found += parquet.read_table(file, columns=["source"])[0].to_pylist()
+        return found
+
+    def wait(count: int) -> None:
+        deadline = time.monotonic() + 300
+        while len(told()) < count:
+            assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()
+            time.sleep(0.2)
+
+    job = start()
+    wait(1)
+    workers = [
+        child for child in psutil.Process(job.pid).children(recursive=True)
+        if child.name().startswith("ray::") and "Worker" in " ".join(child.cmdline())
+    ]  # fmt: skip
+    assert workers, "no worker to kill"
+    workers[0].send_signal(signal.SIGKILL)
+    wait(1500)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    before = len(told())
+    assert 1500 <= before < 5000 and len(set(told())) == before
+    job = start()
+    _, said = job.communicate(timeout=600)
+    assert job.returncode == 0, said
+    assert "5000 images" in said and len(told()) == 5000
+    assert set(told()) == {str(path) for path in folder.iterdir()}
