@@ -176,6 +176,10 @@ class EvaluateRun:
     window: int = 0
     """Masks: bring a picture's short side to this, keep its shape, and slide the network's input size over it; 0
     squashes every picture to the input size."""
+    knn: tuple[str, ...] = ()
+    """Labelled pictures whose nearest neighbours decide in place of the model's head, such as your training data."""
+    knn_k: int = 20
+    """Neighbours that vote."""
     output: str | None = None
     """Folder for the report, the confusion matrix and the worst mistakes; by default in the model's run."""
     format: Format = "table"

@@ -1,7 +1,9 @@
-"""`vitrail demo`: the records of a tour through the verbs, on digits that come with scikit-learn."""
+"""`vitrail demo`: the records of a tour through the verbs, on digits that come with scikit-learn, then on a photograph
+of a cat that comes with scikit-image and a model that ships."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +14,9 @@ from vitrail.jobs.plan import find_recipe
 from vitrail.runs import DemoRun, EvaluateRun, PredictRun, TraceRun, TrainRun
 
 PICTURES = 5
+SHIPPED = "vit_nano_patch4_32.cifar10"
+
+logger = logging.getLogger(__name__)
 
 
 class Step(NamedTuple):
@@ -47,6 +52,31 @@ def demo(run: DemoRun) -> list[Step]:
         Step(
             f"vitrail trace {model} {first} --output {place / 'trace'}",
             TraceRun(model=model, image=str(first), output=str(place / "trace")),
+        ),
+        *_cat(place),
+    ]
+
+
+def _cat(place: Path) -> list[Step]:
+    """What a model that ships says of a photograph; nothing where scikit-image is not installed, which is said."""
+    try:
+        from skimage import data
+    except ImportError:
+        logger.warning("scikit-image is not installed, so the cat is left out; pip install 'vitrail[demo]' brings it.")
+        return []
+    from PIL import Image
+
+    cat = place / "photograph" / "cat.png"
+    cat.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(data.chelsea()).save(cat)
+    return [
+        Step(
+            f"vitrail predict {SHIPPED} {cat} --top-k 3",
+            PredictRun(model=SHIPPED, images=(str(cat),), top_k=3),
+        ),
+        Step(
+            f"vitrail trace {SHIPPED} {cat} --output {place / 'trace-cat'}",
+            TraceRun(model=SHIPPED, image=str(cat), output=str(place / "trace-cat")),
         ),
     ]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vitrail.config import to_dict
 from vitrail.data.loader import Loader
-from vitrail.data.sources import Source, Splits
+from vitrail.data.sources import Source, Splits, open_splits
 from vitrail.data.transforms import Preprocess
 from vitrail.disk import write_atomically
 from vitrail.engines import Engine, open_engine
@@ -85,6 +85,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     if run.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {run.batch_size}.")
     engine = open_engine(run.model, asked(run), device=run.device, precision=run.precision)
+    engine = _neighbours(run, engine)
     if run.window:
         engine = SlidingEngine(engine, run.window)
         run = replace(run, batch_size=1)  # a picture alone needs no padding
@@ -96,7 +97,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     source, split, notes = _source(run, splits)
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
-    engine = ready(engine, run, len(source))
+    engine = engine if run.knn else ready(engine, run, len(source))
     loader = Loader(
         source,
         Preprocess(engine.card.preprocessing),
@@ -130,6 +131,25 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
         files=(),
     )
     return _written(run, result, metrics, mistakes.result(), source)
+
+
+def _neighbours(run: EvaluateRun, engine: Engine) -> Engine:
+    """The engine that asks the nearest of the labelled pictures, where the run names some; else the same."""
+    if not run.knn:
+        return engine
+    from vitrail.engines.neighbours import Neighbours
+
+    splits = open_splits(run.knn, val_share=0.0)
+    known = splits.train if splits.train is not None else splits.everything
+    loader = Loader(
+        known,
+        Preprocess(engine.card.preprocessing),
+        run.batch_size,
+        workers=_workers(run.workers, len(known)),
+        unreadable="drop",
+        max_bad_share=1.0,
+    )
+    return Neighbours(engine, loader, known.classes, run.knn_k)
 
 
 def _dense(run: EvaluateRun, engine: Engine, watch: Callable[[int, int], None] | None) -> Evaluation:

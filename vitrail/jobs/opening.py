@@ -32,8 +32,9 @@ def open_network(model: str) -> tuple[Any, str]:
 
 
 def asked(run: EvaluateRun | PredictRun) -> str:
-    """The engine that a run asks for; where tokens are merged, auto means torch."""
-    return "torch" if run.merge_tokens and run.engine == "auto" else run.engine
+    """The engine that a run asks for; where tokens are merged or neighbours vote, auto means torch."""
+    inside = run.merge_tokens or (isinstance(run, EvaluateRun) and run.knn)
+    return "torch" if inside and run.engine == "auto" else run.engine
 
 
 def ready(engine: Engine, run: EvaluateRun | PredictRun, images: int) -> Engine:
