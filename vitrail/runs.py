@@ -157,6 +157,8 @@ class TrainRun:
     """Shard weights, gradients and optimiser over the processes (FSDP2)."""
     workers: int | None = None
     """Processes that load images."""
+    resident: bool = False
+    """Classes: keep the training pictures decoded on the device, and augment them there a batch at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)

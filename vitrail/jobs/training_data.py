@@ -16,6 +16,7 @@ from vitrail.data.dense import TASKS, Kind
 from vitrail.data.image import decode
 from vitrail.data.joint import JointAugmentation
 from vitrail.data.loader import Batch, Loader
+from vitrail.data.resident import Resident
 from vitrail.data.sources import Source
 from vitrail.data.transforms import Preprocess
 from vitrail.errors import ConfigError, DataError
@@ -128,7 +129,9 @@ def leaves_pictures_alone(run: TrainRun) -> bool:
     return not changed and not run.mixup and not run.cutmix
 
 
-def training_batches(run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime) -> Loader:
+def training_batches(
+    run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime
+) -> Loader | Resident:
     """This process's share of the shuffled, augmented batches."""
     options: dict[str, Any] = {
         "batch_size": batch_size(run, len(source), runtime.world),
@@ -140,6 +143,11 @@ def training_batches(run: TrainRun, source: Source, preprocessing: Preprocessing
         "max_bad_share": run.max_bad_share,
         "pin_memory": runtime.device.type == "cuda",
     }
+    if run.resident and (source.kind != "classes" or run.aug_repeats != 1):
+        raise ConfigError(
+            f"Pictures live on the device for classes, one view an epoch; got {source.kind}, {run.aug_repeats} views:"
+            " leave --resident out."
+        )
     if source.kind != "classes":
         joint = JointAugmentation(
             scale=cast(tuple[float, float], run.scale) if run.crop == "resized" else (1.0, 1.0),
@@ -156,6 +164,11 @@ def training_batches(run: TrainRun, source: Source, preprocessing: Preprocessing
         color_jitter=cast(float, run.color_jitter),
         reprob=cast(float, run.reprob),
     )
+    if run.resident:
+        return Resident(
+            source, preprocessing, augmentation, options["batch_size"],
+            device=runtime.device, seed=run.seed, rank=runtime.rank, world=runtime.world,
+        )  # fmt: skip
     return Loader(
         source, TrainTransform(preprocessing, augmentation), shuffle=True, drop_last=True, **options
     )
