@@ -10,7 +10,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(CORES) --dist worksteal
 export UV_HTTP_TIMEOUT ?= 600
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check bench parity costs constraints clean
+.PHONY: help setup demo test test-slow check bench bench-families parity costs constraints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -44,9 +44,17 @@ check: $(READY)  ## format, lint and strict types
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-bench: $(READY)  ## measured tables: training on the CPU and the data path, beside peers
+bench: $(READY)  ## measured tables beside peers: training, data path, engines, latency, files, cold start
 	@$(BIN)/python benchmarks/cpu_train.py
 	@$(BIN)/python benchmarks/data_path.py $(DATA)/imagenette/train-0.zip $(DATA)/photos/imagenet-30.zip
+	@$(BIN)/python benchmarks/engines.py --products
+	@$(BIN)/python benchmarks/engines.py --keep $(VENV)/bench --engines torch onnxruntime openvino int8
+	@$(BIN)/python benchmarks/engines.py --keep $(VENV)/bench --batch-size 1 --engines torch onnxruntime openvino int8
+	@$(BIN)/python benchmarks/engines.py --files $(DATA)/photos/imagenet-30.zip --models vit_small_patch16_224
+	@$(BIN)/python benchmarks/engines.py --cold --rounds 3
+
+bench-families: $(READY)  ## engines on one network of each family, peers compiled too: an hour
+	@$(BIN)/python benchmarks/engines.py --table --keep $(VENV)/bench --peer-modes eager compiled
 
 parity: $(READY)  ## a table of every family beside its references, for the same weights
 	@$(PYTEST) --parity

@@ -81,10 +81,10 @@ def engines_of(folder: Path, names: list[str], model: Any) -> dict[str, Any]:
         if "openvino" in names:
             made[f"openvino {precision}"] = OpenVinoEngine(graph, precision=precision)
     if "int8" in names:
-        place = folder / "int8"
+        place = graph.parent / "int8"
         if not place.is_dir():
             prepare = Preprocess(model.card.preprocessing)
-            batches = [prepare(picture)[None].numpy() for picture in photographs(16)]
+            batches = [prepare(picture)[None].numpy() for picture in photographs(4)]
             quantised = quantise(graph, batches, LADDER[0])
             write_openvino(quantised, place, Label(card=model.card, precision="int8"))
         made["openvino int8"] = OpenVinoEngine(place)
@@ -195,7 +195,10 @@ def cold(name: str, rounds: int) -> None:
     kinds = [("torch", "fp32"), ("onnxruntime", "fp32"), ("openvino", "fp32")]
     if has_bfloat16(torch.device("cpu")):
         kinds += [("torch", "bf16"), ("openvino", "bf16")]
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as bytecode:
+        # Compiled Python is kept after the first start, as on any machine that does not forbid it.
+        unbound = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+        unbound["PYTHONPYCACHEPREFIX"] = bytecode
         vitrail.create_model(name).save_pretrained(place)
         picture = Path(place) / "picture.png"
         Image.fromarray(photographs(1)[0].permute(1, 2, 0).numpy()).save(picture)
@@ -205,7 +208,7 @@ def cold(name: str, rounds: int) -> None:
                 started = time.perf_counter()
                 done = subprocess.run(
                     [sys.executable, "-c", COLD, place, engine, str(picture), precision],
-                    capture_output=True, text=True, check=True,
+                    capture_output=True, text=True, check=True, env=unbound,
                 )  # fmt: skip
                 whole.append(time.perf_counter() - started)
             print(
