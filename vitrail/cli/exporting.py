@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vitrail.cli import show
 
@@ -25,19 +25,8 @@ def export(run: ExportRun) -> int:
         ["free", "batch, height, width" if label.free_size else "batch"],
         ["normalising", f"inside, {label.normalised_inside}; send uint8"],
         ["pictures", f"{proof.images} ({proof.pictures})"],
-        ["same first class", show.percent(proof.agreement)],
-        [
-            "logits differ",
-            f"{proof.logits_max:.1e} of the largest at most, {proof.logits_mean:.1e} on average",
-        ],
-        [
-            "probabilities differ",
-            f"{proof.probability_max:.1e} at most, {proof.probability_mean:.1e} on average",
-        ],
     ]
-    if proof.accuracy_before is not None and proof.accuracy_after is not None:
-        before, after = show.percent(proof.accuracy_before), show.percent(proof.accuracy_after)
-        rows.append(["top-1", f"{before} before, {after} after"])
+    rows += _agreement(proof)
     if label.quantisation:
         how = label.quantisation
         rows.append(["int8", f"{how['int8_products']} of {how['products']} products; {how['choice']}"])
@@ -45,3 +34,21 @@ def export(run: ExportRun) -> int:
     show.say(f"written: {found.artefact} ({found.size / 1e6:.1f} MB, {found.seconds:.0f} s)")
     show.say(f"proof:   {found.proof_file}")
     return 0
+
+
+def _agreement(proof: Any) -> list[list[str]]:
+    """How far the artefact strays, in rows."""
+    if hasattr(proof, "rows"):  # of boxes and masks
+        found: list[list[str]] = proof.rows()
+        return found
+    differ = f"{proof.logits_max:.1e} of the largest at most, {proof.logits_mean:.1e} on average"
+    chances = f"{proof.probability_max:.1e} at most, {proof.probability_mean:.1e} on average"
+    rows = [
+        ["same first class", show.percent(proof.agreement)],
+        ["logits differ", differ],
+        ["probabilities differ", chances],
+    ]
+    if proof.accuracy_before is not None and proof.accuracy_after is not None:
+        before, after = show.percent(proof.accuracy_before), show.percent(proof.accuracy_after)
+        rows.append(["top-1", f"{before} before, {after} after"])
+    return rows

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.data.dense_loader import pad_together
 from vitrail.data.sample import photographs
-from vitrail.data.transforms import Preprocess
+from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines.prepare import Shelf
 from vitrail.errors import ProofError, VitrailError
 from vitrail.export.parity import BOUNDS, Proof, prove
+from vitrail.export.parity_dense import DenseProof, prove_dense
+from vitrail.tasks.choose import choose
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,9 @@ GAIN = 1.05
 
 LOOKS = 16
 """Photographs on which engines are held against torch."""
+
+LOOKS_DENSE = 4
+"""The same for boxes and masks, whose pictures cost more and say more."""
 
 
 def installed() -> list[str]:
@@ -87,7 +93,7 @@ def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch
     Returns the torch engine itself where none is quicker.
     """
     candidates: dict[str, Any] = {"torch": torch_engine}
-    proofs: dict[str, Proof] = {}
+    proofs: dict[str, Proof | DenseProof] = {}
     for name in installed():
         try:
             engine = open_prepared(shelf, name, precision, network)
@@ -113,12 +119,14 @@ def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch
     return candidates[chosen]
 
 
-def check(reference: Any, engine: Any, shelf: Shelf) -> Proof:
+def check(reference: Any, engine: Any, shelf: Shelf) -> Proof | DenseProof:
     """How far an engine strays from another on real photographs."""
     prepare = Preprocess(shelf.card.preprocessing)
-    images = photographs(LOOKS)
     # torch itself in bfloat16 is no measure for others: bounds are those of the looser precision of the two
     precision = "bf16" if "bf16" in (reference.precision, engine.precision) else engine.precision
+    if shelf.card.task != "image-classification":
+        return check_dense(reference, engine, prepare, precision)
+    images = photographs(LOOKS)
 
     def answer(through: Any) -> Any:
         def logits(pictures: Sequence[Tensor]) -> Tensor:
@@ -133,6 +141,23 @@ def check(reference: Any, engine: Any, shelf: Shelf) -> Proof:
     )  # fmt: skip
 
 
+def check_dense(reference: Any, engine: Any, prepare: Preprocess, precision: str) -> DenseProof:
+    """The same of boxes and masks, on fewer photographs."""
+    labels = reference.card.labels or tuple(f"class {number}" for number in range(reference.classes))
+
+    def answer(through: Any) -> Any:
+        return lambda images, padding: through(images) if padding is None else through(images, padding)
+
+    batches = [
+        (*pad_together([prepare(picture)], colour(prepare.preprocessing)), None)
+        for picture in photographs(LOOKS_DENSE)
+    ]
+    return prove_dense(
+        answer(reference), answer(engine), batches, choose(reference.card.task, labels),
+        precision=precision, pictures="photographs",
+    )  # fmt: skip
+
+
 def proven(shelf: Shelf, engine: Any) -> str:
     """How an engine on the shelf's graph agrees with torch in float32: measured at its first use, then known.
 
@@ -140,7 +165,8 @@ def proven(shelf: Shelf, engine: Any) -> str:
     """
     key = f"proof of {engine.name}, {circumstances(engine.precision, 0)}"
     kept = shelf.note().get(key)
-    proof = Proof.from_dict(kept) if kept else None
+    kind: Any = Proof if shelf.card.task == "image-classification" else DenseProof
+    proof: Any = kind.from_dict(kept) if kept else None
     if proof is None:
         from vitrail.engines.pytorch import TorchEngine
 
@@ -150,7 +176,8 @@ def proven(shelf: Shelf, engine: Any) -> str:
         raise ProofError(f"it strays from torch: {'; '.join(proof.failures)}")
     if engine.precision == "fp32":
         return f"logits agree with torch to {proof.logits_max:.0e}"
-    return f"on {proof.images} photographs the first class is torch's in {100 * proof.agreement:.0f} %"
+    what = proof.things if isinstance(proof, DenseProof) else "the first class"
+    return f"on {proof.images} photographs {what} agree with torch in {100 * proof.agreement:.0f} %"
 
 
 def speeds(engines: dict[str, Any], images: Tensor, rounds: int = 3) -> dict[str, float]:

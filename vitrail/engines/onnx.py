@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.engines.outside import classes_of, feed, needed, record
 from vitrail.export.label import KEY, Label
 from vitrail.export.onnx import require
-from vitrail.export.wrap import OUTPUTS
 
 
 class OnnxEngine:
@@ -34,9 +34,14 @@ class OnnxEngine:
         self.label = Label.from_text(text, str(path)) if label is None else label
         self.name, self.precision = "onnxruntime", self.label.precision
         self.card = self.label.card
-        self.classes = int(self.session.get_outputs()[0].shape[-1])
+        self.inputs = [entry.name for entry in self.session.get_inputs()]
+        self.outputs = [entry.name for entry in self.session.get_outputs()]
+        self.classes = classes_of(self.label, self.session.get_outputs()[0].shape)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]`, float32 on the CPU, of uint8 images `[B, C, h, w]`."""
-        feed = {self.session.get_inputs()[0].name: images.cpu().contiguous().numpy()}
-        return torch.from_numpy(self.session.run([OUTPUTS[0]], feed)[0])
+    def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:
+        """What the graph answers, float32 on the CPU, to uint8 images `[B, C, h, w]`: logits `[B, K]`, or the record
+        of a dense model (nn.shapes). `padding` `[B, h, w]` is for detectors."""
+        inputs = feed(images, padding, self.inputs, self.label)
+        named = {name: value.numpy() for name, value in zip(self.inputs, inputs, strict=True)}
+        asked = needed(self.outputs)
+        return record(asked, self.session.run(list(asked), named), self.card.task)

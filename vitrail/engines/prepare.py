@@ -96,6 +96,7 @@ class Shelf:
             program = capture(deployed, free_size=False)
             label = Label(
                 card=model.card,
+                outputs=program.outputs,
                 normalised_inside="folded" if deployed.folded else "computed",
                 source_sha256=self.sha256,
             )

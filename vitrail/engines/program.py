@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.engines.outside import feed, record
 from vitrail.export.label import Label
 from vitrail.export.torch_program import read_label
+from vitrail.export.wrap import takes_padding
 
 
 class ProgramEngine:
@@ -22,8 +24,11 @@ class ProgramEngine:
         self.card = self.label.card
         self.classes = int(self.card.num_classes or 0)
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits `[B, K]`, float32 on the CPU, of uint8 images `[B, C, h, w]`."""
+        self.inputs = ("images", "padding") if takes_padding(self.card) else ("images",)
+
+    def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:
+        """What the program answers, float32 on the CPU, to uint8 images `[B, C, h, w]`: logits `[B, K]`, or the
+        record of a dense model (nn.shapes). `padding` `[B, h, w]` is for detectors."""
         with torch.no_grad():
-            logits: Tensor = self.network(images.cpu())[0]
-        return logits
+            found = self.network(*feed(images, padding, self.inputs, self.label))
+        return record(self.label.outputs, found, self.card.task)

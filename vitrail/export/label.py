@@ -19,6 +19,9 @@ KEY = "vitrail"
 
 FORMAT = 1
 
+OUTPUTS = ("logits", "probabilities")
+"""Names of the outputs of a classifier."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Label:
@@ -30,6 +33,8 @@ class Label:
     """fp32, bf16 or int8: what the file itself holds."""
     free_size: bool = False
     """Whether height and width are free; the batch always is."""
+    outputs: tuple[str, ...] = OUTPUTS
+    """Names of what the file gives, in its order."""
     normalised_inside: str = "folded"
     """folded into the first convolution, or computed: always inside, on uint8."""
     source_sha256: str = ""
@@ -46,6 +51,7 @@ class Label:
             "card": self.card.to_json(),
             "precision": self.precision,
             "free_size": self.free_size,
+            "outputs": list(self.outputs),
             "normalised_inside": self.normalised_inside,
             "source_sha256": self.source_sha256,
             "quantisation": dict(self.quantisation),
@@ -66,6 +72,7 @@ class Label:
                 card=Card.from_json(view["card"]),
                 precision=str(view["precision"]),
                 free_size=bool(view["free_size"]),
+                outputs=tuple(map(str, view.get("outputs", OUTPUTS))),  # older files hold classifiers
                 normalised_inside=str(view["normalised_inside"]),
                 source_sha256=str(view["source_sha256"]),
                 quantisation=dict(view["quantisation"]),

@@ -14,7 +14,6 @@ from typing import Any
 from vitrail.errors import ConfigError
 from vitrail.export.label import KEY, Label
 from vitrail.export.program import Program
-from vitrail.export.wrap import OUTPUTS
 
 logger = logging.getLogger(__name__)
 
@@ -30,20 +29,19 @@ def write_onnx(program: Program, path: Path, label: Label) -> None:
     require("onnx", "onnxscript", extra="onnx")
     import torch
 
-    sizes = {0: "batch", 2: "rows", 3: "columns"}
     with quiet():
         made: Any = torch.onnx.export(
             program.exported,
-            (program.example,),
+            program.example,
             dynamo=True,
             optimize=True,
             verbose=False,
-            input_names=["images"],
-            output_names=list(OUTPUTS),
+            input_names=list(program.inputs),
+            output_names=list(program.outputs),
         )
     model = made.model
     model.metadata_props[KEY] = label.to_text()
-    _name_sizes(model, sizes, program.free_size)
+    _name_sizes(model, program.free_size)
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
@@ -102,17 +100,22 @@ def quiet() -> Iterator[None]:
                 log.setLevel(level)
 
 
-def _name_sizes(model: Any, names: dict[int, str], free_size: bool) -> None:
-    """Give the free sizes of the input words for names, in place of the tracer's numbers."""
-    entry = model.graph.inputs[0]
-    old = {str(size): names[place] for place, size in enumerate(entry.shape) if not isinstance(size, int)}
-    if len(set(old)) != (3 if free_size else 1):
+def _name_sizes(model: Any, free_size: bool) -> None:
+    """Give the free sizes of the inputs words for names, in place of the tracer's numbers."""
+    old: dict[str, str] = {}
+    for entry in model.graph.inputs:
+        words = (
+            ("batch", "channels", "rows", "columns")
+            if len(entry.shape) == 4
+            else ("batch", "rows", "columns")
+        )
+        for size, word in zip(entry.shape, words, strict=True):
+            if not isinstance(size, int):
+                old.setdefault(str(size), word)
+    if len(set(old.values())) != (3 if free_size else 1):
         return
-    values = [entry, *model.graph.outputs]
-    for value in values:
-        if value.shape is None:
-            continue
-        for place, size in enumerate(value.shape):
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        for place, size in enumerate(value.shape or ()):
             if str(size) in old:
                 value.shape[place] = old[str(size)]
 

@@ -172,7 +172,7 @@ def compared(
     return Proof(**{**asdict(proof), "failures": tuple(_failures(proof, limits))})
 
 
-def write_proof(path: Path, proof: Proof, about: dict[str, Any]) -> None:
+def write_proof(path: Path, proof: Any, about: dict[str, Any]) -> None:
     """The proof as JSON beside its artefact: whole or not at all."""
     view = {**about, **proof.to_dict()}
     write_atomically(path, (json.dumps(view, indent=2, ensure_ascii=False) + "\n").encode())

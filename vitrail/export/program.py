@@ -19,8 +19,10 @@ class Program:
 
     exported: Any
     """The torch.export.ExportedProgram."""
-    example: torch.Tensor
-    """Images that it was traced with, uint8 `[2, C, I, J]`."""
+    example: tuple[torch.Tensor, ...]
+    """What it was traced with: images uint8 `[2, C, I, J]`, and their padding Bool `[2, I, J]` where it takes one."""
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
     free_size: bool
     """Whether height and width are free beside the batch."""
 
@@ -33,19 +35,25 @@ def capture(deployed: Deployed, *, free_size: bool = True) -> Program:
     """
     config = deployed.network.config
     torch.manual_seed(0)
-    example = torch.randint(0, 256, (2, config.in_chans, *config.img_size), dtype=torch.uint8)
+    rows, columns = config.img_size
+    images = torch.randint(0, 256, (2, config.in_chans, rows, columns), dtype=torch.uint8)
+    padding = torch.zeros(2, rows, columns, dtype=torch.bool)
+    padding[1, rows - rows // 4 :] = True
+    example = (images, padding)[: len(deployed.inputs)]
     free = torch.export.Dim.DYNAMIC
+    names = {"example": example, "inputs": deployed.inputs, "outputs": deployed.outputs}
     # Windows are counted from the size, and shapes inside follow the count: tracing that takes minutes and fails.
     if free_size and not any(hasattr(part, "window") for part in deployed.network.modules()):
         try:
-            exported = _export(deployed, example, {0: free, 2: free, 3: free})
-            return Program(exported=exported, example=example, free_size=True)
+            sizes = ({0: free, 2: free, 3: free}, {0: free, 1: free, 2: free})
+            exported = _export(deployed, example, sizes[: len(example)])
+            return Program(exported=exported, free_size=True, **names)
         except Exception as error:  # tracing objects in many kinds; what matters is that it does
             logger.debug("the size cannot be left free: %s", error)
-    exported = _export(deployed, example, {0: free})
-    return Program(exported=exported, example=example, free_size=False)
+    exported = _export(deployed, example, ({0: free},) * len(example))
+    return Program(exported=exported, free_size=False, **names)
 
 
-def _export(deployed: Deployed, example: torch.Tensor, free: dict[int, Any]) -> Any:
+def _export(deployed: Deployed, example: tuple[torch.Tensor, ...], free: tuple[Any, ...]) -> Any:
     with torch.no_grad():
-        return torch.export.export(deployed, (example,), dynamic_shapes=(free,), strict=False)
+        return torch.export.export(deployed, example, dynamic_shapes=free, strict=False)

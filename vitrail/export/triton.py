@@ -12,8 +12,7 @@ import json
 import shutil
 from pathlib import Path
 
-from vitrail.export.label import Label
-from vitrail.export.wrap import OUTPUTS
+from vitrail.export.label import OUTPUTS, Label
 
 GRAPH = Path("1") / "model.onnx"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,15 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.data.transforms import constants
-from vitrail.errors import ModelError, UnsupportedError
+from vitrail.errors import ModelError
+from vitrail.export.label import OUTPUTS
 from vitrail.models.model import Model
+from vitrail.nn.shapes import BoxOutput, DenseBoxOutput, MaskOutput
+from vitrail.weights.card import Card
 
-OUTPUTS = ("logits", "probabilities")
-"""Names of an exported file's outputs."""
+CLASSES = "image-classification"
+
+SMALL = (128, 128)
+"""A picture that every dense network takes."""
 
 
 class Deployed(nn.Module):
-    """A network as it is deployed: uint8 images `[B, C, I, J]` in, logits and probabilities `[B, K]` out.
+    """A network as it is deployed: uint8 images `[B, C, I, J]` in, what it says of them out (`outputs`).
+
+    Classes: logits and probabilities `[B, K]`. Boxes: logits, boxes and scores `[B, Q, K]` (0..1, without "no
+    object"), of a dense detector quality and cells too, of a panoptic one masks. Masks: logits `[B, K, I, J]` and
+    classes uint8 `[B, I, J]`. A detector whose pictures keep their shape takes `padding` Bool `[B, I, J]` too, True
+    where there is no picture (`inputs`).
 
     Works on a copy in float32, in evaluation mode. Normalising is folded into the first convolution where that
     is exact (`folded`), else it is a multiplication and an addition.
@@ -30,22 +40,64 @@ class Deployed(nn.Module):
 
     def __init__(self, model: Model, *, fold: bool = True) -> None:
         super().__init__()
-        if model.card.task != "image-classification":
-            raise UnsupportedError(
-                f"Export takes models that classify whole pictures; {model.name} is for {model.card.task}."
-            )
         self.network = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+        self.inputs: tuple[str, ...] = ("images", "padding") if takes_padding(model.card) else ("images",)
         factor, summand = constants(model.card.preprocessing)
         self.register_buffer("factor", torch.tensor(factor)[:, None, None])
         self.register_buffer("summand", torch.tensor(summand)[:, None, None])
-        self.folded = fold and fold_normalisation(self.network, factor, summand)
+        self.folded = len(self.inputs) == 1 and fold and fold_normalisation(self.network, factor, summand)
+        self.outputs = OUTPUTS if model.card.task == CLASSES else self._looked_up()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, padding: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(self._told(images, padding).values())
+
+    def _told(self, images: Tensor, padding: Tensor | None = None) -> dict[str, Tensor]:
+        """What the network says of images, by name."""
         pixels = images.to(torch.float32)
         if not self.folded:
             pixels = pixels * self.factor + self.summand
-        logits: Tensor = self.network(pixels)
-        return logits, logits.softmax(dim=-1)
+        if padding is None:
+            return told(self.network(pixels), self.network.num_classes)
+        pixels = pixels.masked_fill(padding[:, None], 0.0)
+        return told(self.network(pixels, padding), self.network.num_classes)
+
+    def _looked_up(self) -> tuple[str, ...]:
+        """The names of a dense network's outputs, from its answer to a small picture."""
+        with torch.no_grad():
+            return tuple(self._told(torch.zeros(1, self.network.config.in_chans, *SMALL, dtype=torch.uint8)))
+
+
+def told(output: Any, classes: int) -> dict[str, Tensor]:
+    """A network's answer as tensors by name, with what can be decoded without choosing behind it."""
+    if isinstance(output, Tensor):
+        return {"logits": output, "probabilities": output.softmax(dim=-1)}
+    if isinstance(output, MaskOutput):
+        return {"logits": output.logits, "classes": output.logits.argmax(dim=1).to(torch.uint8)}
+    if isinstance(output, DenseBoxOutput):
+        centre = output.cells[..., :2]
+        real = ((centre >= 0) & (centre <= 1)).all(dim=-1, keepdim=True)  # the rest is padding
+        scores = (output.logits.sigmoid() * output.quality.sigmoid()[..., None]).sqrt() * real
+        return {**output._asdict(), "scores": scores}
+    logits: Tensor = output.logits
+    scores = logits.sigmoid() if logits.shape[-1] == classes else logits.softmax(dim=-1)[..., :-1]
+    found = {"logits": logits, "boxes": output.boxes, "scores": scores}
+    return found if output.masks is None else {**found, "masks": output.masks}
+
+
+def answer_of(found: Mapping[str, Tensor], task: str) -> Any:
+    """What a network answered: logits, or the record (nn.shapes) that a file's outputs by name came from."""
+    if task == CLASSES:
+        return found["logits"]
+    if "quality" in found:
+        return DenseBoxOutput(*(found[name] for name in DenseBoxOutput._fields))
+    if "boxes" in found:
+        return BoxOutput(found["logits"], found["boxes"], (), found.get("masks"))
+    return MaskOutput(found["logits"])
+
+
+def takes_padding(card: Card) -> bool:
+    """Whether the network is told where pictures end: a detector whose pictures keep their shape."""
+    return card.task == "object-detection" and card.preprocessing.crop_mode == "fit"
 
 
 def fold_normalisation(network: Any, factor: list[float], summand: list[float]) -> bool:

@@ -56,17 +56,12 @@ def score(
     watch: Callable[[int, int], None] | None = None,
 ) -> DenseScores:
     """Score a detector or a segmenter on one split of a data set. Raises DataError where they do not fit."""
-    splits, notes = _open(run, engine)
+    splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero)
     source, split, more = choose_split(splits)
     notes += [note for note in [*splits.notes, *more] if note not in notes]
-    labels = engine.card.labels or source.classes
-    if engine.classes != len(labels):
-        raise DataError(
-            f"The model has {engine.classes} classes without names, the data has {len(labels)}; they cannot be matched."
-        )
-    if source.classes != labels:
-        source = source.relabel(labels)
-        notes.append("the data lists its classes in another order than the model: they are matched by name")
+    source, more = in_models_order(source, engine)
+    notes += more
+    labels = source.classes
     loader = loader_in_order(
         source, engine.card.preprocessing, batch_size=run.batch_size, workers=workers(len(source)), max_bad_share=1.0
     )  # fmt: skip
@@ -100,21 +95,36 @@ def score(
     )
 
 
-def _open(run: EvaluateRun, engine: Any) -> tuple[Splits, list[str]]:
+def open_for(
+    engine: Any, data: Sequence[str], model: str, ignore: Sequence[int] = (), reduce_zero: bool = False
+) -> tuple[Splits, list[str]]:
     """The data in the model's terms; masks are read as they were in its training where nothing else is said."""
     card, notes = engine.card, []
-    kind = kind_for(card.task, run.data, run.model)
+    kind = kind_for(card.task, data, model)
     options: dict[str, Any] = {}
     if kind == "masks":
-        options = {"ignore": run.ignore, "reduce_zero": run.reduce_zero, "classes": card.labels or ()}
+        options = {"ignore": ignore, "reduce_zero": reduce_zero, "classes": card.labels or ()}
         known = card.recipe
-        if not run.ignore and known.get("ignore"):
+        if not ignore and known.get("ignore"):
             options["ignore"] = tuple(known["ignore"])
             notes.append(f"masks: {', '.join(map(str, known['ignore']))} ignored, as in training")
-        if not run.reduce_zero and known.get("reduce_zero"):
+        if not reduce_zero and known.get("reduce_zero"):
             options["reduce_zero"] = True
             notes.append("masks: 0 is no class, as in training")
-    return open_kind(kind, run.data, **options), notes
+    return open_kind(kind, data, **options), notes
+
+
+def in_models_order(source: Any, engine: Any) -> tuple[Any, list[str]]:
+    """The pictures with the model's class numbers, and what must be said of it. Raises DataError."""
+    labels = engine.card.labels or source.classes
+    if engine.classes != len(labels):
+        raise DataError(
+            f"The model has {engine.classes} classes without names, the data has {len(labels)}; they cannot be matched."
+        )
+    if source.classes == labels:
+        return source, []
+    note = "the data lists its classes in another order than the model: they are matched by name"
+    return source.relabel(labels), [note]
 
 
 class Worst:

@@ -29,8 +29,11 @@ from vitrail.errors import ConfigError, DataError, ImageError, ProofError
 from vitrail.export import onnx, openvino, quantise, torch_program, triton
 from vitrail.export.label import Label
 from vitrail.export.parity import Proof, prove, write_proof
+from vitrail.export.parity_dense import DenseProof
 from vitrail.export.program import Program, capture
 from vitrail.export.wrap import Deployed
+from vitrail.jobs import export_dense
+from vitrail.jobs.export_dense import DensePictures
 from vitrail.runs import ExportRun
 from vitrail.weights.card import Card
 from vitrail.weights.folder import model_folder
@@ -49,7 +52,7 @@ class Exported:
 
     artefact: Path
     proof_file: Path
-    proof: Proof
+    proof: Proof | DenseProof
     label: Label
     size: int
     """Bytes of the artefact."""
@@ -87,12 +90,18 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     target = destination(run)
     _check_target(target, run)
     reference = TorchEngine(run.model, device="cpu", precision="fp32")
-    pictures = Pictures(run, reference)
+    pictures: Pictures | DensePictures
+    if reference.card.task == "image-classification":
+        pictures = Pictures(run, reference)
+    else:
+        export_dense.check(run, reference.card.task)
+        pictures = DensePictures(run, reference, _some)
     deployed = Deployed(reference.network)
     program = capture(deployed, free_size=run.free_size)
     label = Label(
         card=reference.card,
         free_size=program.free_size,
+        outputs=program.outputs,
         normalised_inside="folded" if deployed.folded else "computed",
         source_sha256=reference.card.sha256,
     )
@@ -211,20 +220,23 @@ def _built(
     program: Program,
     label: Label,
     reference: TorchEngine,
-    pictures: Pictures,
+    pictures: Pictures | DensePictures,
     watch: Callable[[int, int], None] | None,
-) -> tuple[Path, Label, Proof]:
+) -> tuple[Path, Label, Proof | DenseProof]:
     """The artefact under its working name, with the proof in its label."""
 
-    def proved(path: Path) -> Proof:
+    def proved(path: Path) -> Proof | DenseProof:
         candidate = open_artefact(path)
+        count = None if watch is None else lambda done: watch(done, len(pictures))
+        if isinstance(pictures, DensePictures):
+            return export_dense.prove(reference, candidate, pictures, count)
         return prove(
             answering(reference),
             answering(candidate),
             pictures,
             precision=candidate.precision,
             pictures=pictures.name,
-            watch=None if watch is None else lambda done: watch(done, len(pictures)),
+            watch=count,
         )
 
     if run.format == "torch":
@@ -261,8 +273,8 @@ def _quantised(
     graph: Path,
     label: Label,
     reference: TorchEngine,
-    proved: Callable[[Path], Proof],
-) -> tuple[Path, Label, Proof]:
+    proved: Callable[[Path], Proof | DenseProof],
+) -> tuple[Path, Label, Proof | DenseProof]:
     """The first way of quantising that stays within the bounds; else the last one, with its failures."""
     preprocess = Preprocess(reference.card.preprocessing)
     batches = [
@@ -356,10 +368,13 @@ def _some(source: Source, count: int, seed: int) -> Source:
     return source.subset(np.sort(order))
 
 
-def _with_proof(label: Label, proof: Proof) -> Label:
+def _with_proof(label: Label, proof: Proof | DenseProof) -> Label:
     """The label with the proof's numbers, and the accuracy that the artefact itself reached on its card."""
     scores = dict(label.card.scores)
-    if proof.accuracy_after is not None:
+    if isinstance(proof, DenseProof):
+        if proof.score_after is not None:
+            scores[f"exported_{proof.score}"] = proof.score_after
+    elif proof.accuracy_after is not None:
         scores["exported_acc1"] = proof.accuracy_after
     return replace(label, card=replace(label.card, scores=scores), proof=proof.to_dict())
 

@@ -88,7 +88,7 @@ class Fcos(Detector):
         levels = (*self.pyramid.levels, *self.farther.levels)
         cells = cells_of(maps, levels, (images.shape[2], images.shape[3]), padding)
         logits, boxes, centre = self.head(maps, cells)
-        return DenseBoxOutput(logits, boxes, centre, cells.expand(len(images), -1, -1))
+        return DenseBoxOutput(logits, boxes, centre, cells.expand(images.shape[0], -1, -1))
 
 
 def build(config: Config) -> Fcos:

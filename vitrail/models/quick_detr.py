@@ -119,10 +119,10 @@ class QuickDetr(Detector):
         bias = _bias(hidden, tokens)
         memory = self._encode(tokens, codes, bias, [map.shape[2] * map.shape[3] for map in maps])
         logits, boxes = self.selector(memory, self._anchors(cells))
-        boxes = boxes.expand(len(tokens), -1, -1)
+        boxes = boxes.expand(tokens.shape[0], -1, -1)
         start = self._start(logits, boxes, hidden)
         groups = self.groups if self.training else 1
-        content = self.queries.weight[: groups * self.count] + tokens.new_zeros(len(tokens), 1, 1)
+        content = self.queries.weight[: groups * self.count] + tokens.new_zeros(tokens.shape[0], 1, 1)
         apart = group_bias(groups, self.count, tokens) if groups > 1 else None
         answers = self.decoder(content, start.repeat(1, groups, 1), memory, codes, self.head, bias, apart)
         if not self.training:
