@@ -7,10 +7,12 @@ What the network sees is what evaluation and training's own evaluation show it: 
 from __future__ import annotations
 
 import glob
+import math
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -175,11 +177,32 @@ class Predictor:
             dense: Any = self.engine  # only the engines of detectors take padding
             output = self.engine(batch) if padding is None else dense(batch, padding)
             found = self.task.decode(output, sizes, sources=names, threshold=self.threshold)
+            if getattr(output, "masks", None) is not None:
+                found = self._with_segments(found, output, sizes, padding)
             return found
         own = [(0, 0, int(image.shape[1]), int(image.shape[2])) for image in pixels]
         regions = {} if padding is None else {"regions": own}
         found = self.task.decode(self.engine(batch), sizes, sources=names, **regions)
         return found
+
+    def _with_segments(
+        self, records: list[Any], output: Any, sizes: Sequence[tuple[int, int]], padding: Tensor | None
+    ) -> list[Any]:
+        """The records of a panoptic network with the segments that its masks make of each picture."""
+        from vitrail.tasks.panoptic import merge
+
+        regions = None
+        if padding is not None:  # masks are coarser than the picture by the same factor both ways
+            tall, wide = (
+                there / own for there, own in zip(output.masks.shape[-2:], padding.shape[-2:], strict=True)
+            )
+            regions = [
+                (math.ceil(int((~one[:, 0]).sum()) * tall), math.ceil(int((~one[0]).sum()) * wide))
+                for one in padding
+            ]
+        things = range(int(self.engine.card.config.get("things") or len(self.labels)))
+        merged = merge(output, sizes, self.labels, things, regions=regions)
+        return [replace(record, segments=own) for record, own in zip(records, merged, strict=True)]
 
     def failure(self, source: str, error: str) -> Any:
         """The record of a picture that could not be read."""

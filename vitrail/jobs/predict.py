@@ -15,6 +15,7 @@ from vitrail.jobs.opening import asked, ready
 from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, index_png
+from vitrail.tasks.panoptic import segment_numbers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,12 @@ def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Itera
             if hasattr(record, "boxes"):
                 boxes = [Drawn(box.index, box.corners, box.score) for box in record.boxes]
                 drawing = draw_boxes(pixels, boxes, labels)
+                if record.segments is not None:
+                    numbers, names = segment_numbers(record.segments)
+                    write_atomically(
+                        folder / f"{name}-segments.png", as_png(draw_mask(pixels, numbers, names))
+                    )
+                    write_atomically(folder / f"{name}-mask.png", index_png(numbers, len(names)))
             else:
                 mask = record.mask.numpy()
                 drawing = draw_mask(pixels, mask, labels)

@@ -17,6 +17,7 @@ from vitrail.explain.trace import Step
 from vitrail.predict import Predictor
 from vitrail.runs import TraceRun
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, side_by_side, titled
+from vitrail.tasks.panoptic import segment_numbers
 
 MOST = 6
 """Tensors that are told of one part's answer."""
@@ -113,6 +114,8 @@ def _figure(seen: Any, heard: list[Any], network: Any, record: Any, labels: Any,
     if hasattr(record, "boxes"):
         boxes = [Drawn(box.index, box.corners, box.score) for box in record.boxes]
         tiles.append(draw_boxes(seen, boxes, labels))
+        if record.segments is not None:
+            tiles.append(draw_mask(seen, *segment_numbers(record.segments)))
     else:
         tiles.append(draw_mask(seen, record.mask.numpy(), labels))
     shelves = [tiles[start : start + 3] for start in range(0, len(tiles), 3)]

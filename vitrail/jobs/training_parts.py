@@ -57,6 +57,11 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
         )
     torch.manual_seed(run.seed)
     config = _config(run, len(data.classes))
+    if getattr(config, "masks", False):
+        raise ConfigError(
+            f"{run.model} learns masks of objects, and vitrail reads no panoptic annotations yet: train"
+            f" {run.model.removesuffix('_panoptic')} on boxes, or use the Python interface (docs/detect.md)."
+        )
     model: Any = registry.from_config(run.model, config)
     if run.backbone is not None:
         if run.pretrained is not None:

@@ -76,6 +76,8 @@ class Config:
     """Norms after each branch (published), or before it."""
     masks: bool = False
     """Whether a panoptic head predicts a mask for every query."""
+    things: int = 0
+    """Panoptic: the classes below this number are things, whose objects stay apart, the others stuff; 0: all are."""
     drop_rate: float = 0.1
     """Dropout on attention weights, branches and the MLPs' inner layer."""
     drop_path_rate: float = 0.0
@@ -152,8 +154,8 @@ VARIANTS: dict[str, Config] = {
     "detr_resnet101":          Config(backbone="resnet101"),
     "detr_resnet50_dc5":       Config(dilated=1),
     "detr_resnet101_dc5":      Config(backbone="resnet101", dilated=1),
-    "detr_resnet50_panoptic":  Config(num_classes=250, masks=True),
-    "detr_resnet101_panoptic": Config(num_classes=250, masks=True, backbone="resnet101"),
+    "detr_resnet50_panoptic":  Config(num_classes=250, masks=True, things=91),
+    "detr_resnet101_panoptic": Config(num_classes=250, masks=True, things=91, backbone="resnet101"),
     # Ours, to be measured beside quick_detr_nano.
     "detr_nano":               Config(img_size=(192, 256), num_classes=3, backbone="resnet10_nano", dilated=1,
                                       frozen_norm=False, frozen_stages=0, width=128, hidden=512, encoder_depth=3,

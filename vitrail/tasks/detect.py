@@ -20,6 +20,7 @@ from vitrail.tasks.average_precision import BoxMetrics
 from vitrail.tasks.boxes import to_pixels
 from vitrail.tasks.dense_loss import dense_detections, dense_loss
 from vitrail.tasks.focal import exact
+from vitrail.tasks.panoptic import PanopticPrediction
 from vitrail.tasks.set_loss import set_loss
 
 DetectorOutput = BoxOutput | DenseBoxOutput
@@ -76,15 +77,20 @@ class BoxPrediction:
     size: tuple[int, int] = (0, 0)
     """Rows and columns of the original picture."""
     boxes: tuple[Box, ...] = ()
+    segments: PanopticPrediction | None = None
+    """The picture cut into segments, where the network has a panoptic head."""
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: source, height, width, detections (bbox, category, category_id, score each), error."""
+        """JSON-ready: source, height, width, detections (bbox, category, category_id, score each), error; of a
+        panoptic network segments_info too."""
+        told = {} if self.segments is None else {"segments_info": self.segments.to_dict()["segments_info"]}
         return {
             "source": self.source,
             "height": self.size[0],
             "width": self.size[1],
             "detections": [box.to_dict() for box in self.boxes],
+            **told,
             "error": self.error,
         }
 

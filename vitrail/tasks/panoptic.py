@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -67,6 +68,19 @@ class PanopticPrediction:
             for segment in self.segments
         ]
         return {"source": self.source, "segments_info": told}
+
+
+def segment_numbers(found: PanopticPrediction) -> tuple[np.ndarray[Any, np.dtype[np.uint8]], list[str]]:
+    """A picture's map for drawing: segment numbers uint8 `[I, J]`, 255 where there is none, and a name for each.
+
+    Raises DataError for more than 255 segments, or a picture without a map.
+    """
+    if found.map is None or len(found.segments) > 255:
+        raise DataError(f"A map of at most 255 segments can be drawn; got {len(found.segments)}.")
+    numbers = torch.where(found.map < 0, 255, found.map).to(torch.uint8).cpu().numpy()
+    return numbers, [
+        f"{segment.label} {segment.number}" if segment.thing else segment.label for segment in found.segments
+    ]
 
 
 def mask_loss(
