@@ -1,8 +1,14 @@
 """A picture of 1024 x 512 through segmenters: in one piece, and by sliding window; time and memory.
 
     python benchmarks/sliding_window.py [MODEL ...] [--repeats 3] [--together 1] [--threads N]
+    python benchmarks/sliding_window.py --beside                     # against transformers' ViT under the same window
 
-Each network runs in a process of its own; its memory is what the forward adds to the weights (Linux tells). A
+No other library offers SETR on a CPU here, so the fair peer of a sliding window is the same network in the same
+windows: `--beside` puts transformers' ViT, holding our encoder's weights, under our decoder, slides it over the
+picture as mmsegmentation does (every window's logits padded to the whole picture and added up), and takes turns with
+ours in one process; the outputs must agree.
+
+Otherwise each network runs in a process of its own; its memory is what the forward adds to the weights (Linux tells). A
 window has the network's input size and moves by two thirds of it. transformers' SegFormer-B0 (random weights, the
 whole picture) runs in the same table, as a network that many people know.
 """
@@ -11,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import statistics
 import subprocess
 import sys
 import time
@@ -39,10 +47,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--together", type=int, default=1, help="windows that go through the network at once")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
+    parser.add_argument("--beside", action="store_true", help="take turns with transformers' ViT")
     parser.add_argument("--one", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.threads:
         torch.set_num_threads(given.threads)
+    if given.beside:
+        beside(given.repeats)
+        return
     if given.one:
         print(row(given.one, given.repeats, given.together))
         return
@@ -98,6 +110,80 @@ def peer() -> tuple[torch.nn.Module, Callable[[Tensor], Tensor], str]:
         return torch.nn.functional.interpolate(model(image).logits, size=SIZE, mode="bilinear")
 
     return model, forward, "whole"
+
+
+def beside(repeats: int) -> None:
+    """SETR naive on ViT-Base under a window of 512 x 512, ours and transformers', in turns."""
+    from vitrail import create_model
+    from vitrail.tasks.sliding import slide, starts
+
+    torch.manual_seed(0)
+    model: Any = create_model("setr_naive_base", num_classes=19, img_size=512).eval()
+    theirs, window = encoder_of(model), (512, 512)
+    tops, lefts = (starts(side, piece, piece * 2 // 3) for side, piece in zip(SIZE, window, strict=True))
+
+    def other(image: Tensor) -> Tensor:
+        total, count = image.new_zeros(1, 19, *SIZE), image.new_zeros(1, 1, *SIZE)
+        for top in tops:
+            for left in lefts:
+                cut = image[:, :, top : top + window[0], left : left + window[1]]
+                hidden = theirs(cut).last_hidden_state[:, 1:]
+                map = hidden.transpose(1, 2).reshape(1, -1, window[0] // 16, window[1] // 16)
+                logits = model.head((map,), window)
+                edges = (left, SIZE[1] - left - window[1], top, SIZE[0] - top - window[0])
+                total += torch.nn.functional.pad(logits, edges)
+                count[:, :, top : top + window[0], left : left + window[1]] += 1
+        return total / count
+
+    image = torch.randn(1, 3, *SIZE)
+    ways: dict[str, Callable[[Tensor], Tensor]] = {
+        "vitrail": lambda image: slide(model, image, window),
+        "transformers ViT": other,
+    }
+    taken: dict[str, list[tuple[float, float]]] = {whose: [] for whose in ways}
+    answers = {}
+    with torch.inference_mode():
+        for turn in range(repeats + 1):  # the first is warm-up
+            for whose, forward in ways.items():
+                start, busy = time.perf_counter(), time.process_time()
+                answers[whose] = forward(image)
+                if turn:
+                    taken[whose].append((time.perf_counter() - start, time.process_time() - busy))
+    one, two = answers.values()
+    apart = float((one - two).norm() / one.norm())
+    print(
+        f"setr_naive_base, {SIZE[1]} x {SIZE[0]}, {len(tops) * len(lefts)} windows of 512 x 512, float32,"
+        f" {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; outputs {apart:.1e} apart"
+    )
+    for whose, pairs in taken.items():
+        clock, spent = ([pair[place] for pair in pairs] for place in (0, 1))
+        print(
+            f"{whose:18} best {min(clock):6.2f} s, median {statistics.median(clock):6.2f} s, CPU {min(spent):6.2f} s"
+        )
+
+
+def encoder_of(model: Any) -> Any:
+    """transformers' ViT with the weights of a SETR's encoder, without its last norm, which SETR has not."""
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.ViTConfig(image_size=512, patch_size=16, layer_norm_eps=1e-6)
+    theirs = transformers.ViTModel(config, add_pooling_layer=False).eval()
+    theirs.layernorm = torch.nn.Identity()
+    (stage,) = model.backbone.stages
+    same = {"norm1": "layernorm_before", "norm2": "layernorm_after", "mixer.proj": "attention.o_proj"}
+    same |= {"mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}
+    tensors = {
+        "embeddings.cls_token": stage.entry.prefix.cls,
+        "embeddings.position_embeddings": stage.entry.positions.table,
+    }
+    for kind in ("weight", "bias"):
+        tensors[f"embeddings.patch_embeddings.projection.{kind}"] = getattr(stage.entry.patches.proj, kind)
+        for number, block in enumerate(stage.blocks):
+            for mine, other in same.items():
+                tensors[f"layers.{number}.{other}.{kind}"] = getattr(block.get_submodule(mine), kind)
+            for letter, part in zip("qkv", getattr(block.mixer.qkv, kind).chunk(3), strict=True):
+                tensors[f"layers.{number}.attention.{letter}_proj.{kind}"] = part
+    theirs.load_state_dict(tensors)
+    return theirs
 
 
 def resident(word: str) -> float:
