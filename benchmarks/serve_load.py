@@ -1,10 +1,13 @@
 """The service under load: throughput beside the offline engine's, latency at 0.8 of capacity, overload at 5 times.
 
-    python benchmarks/serve_load.py [MODEL_FOLDER] [--seconds 20] [--pictures FOLDER] [--peer] [--killer SECONDS]
+    python benchmarks/serve_load.py [MODEL_FOLDER] [--seconds 20] [--pictures FOLDER] [--killer SECONDS]
+        [--engine auto] [--precision auto] [--peer fp32 bf16]
 
 Without a folder, a ViT-Ti/16 at 224 with random weights. Every answer is compared with the offline prediction, and
 the client's ledger (sent = answered + refused + failed) with the server's counters. The client shares the cores with
-the service, so the service has less than the whole machine. `--peer` measures LitServe with timm in the same run.
+the service, so the service has less than the whole machine. Offline is `vitrail predict`'s own way (batches of 32 on
+every core, decoding beside them) with the same engine in the same precision. `--peer` measures LitServe with
+timm in the same run.
 """
 
 from __future__ import annotations
@@ -39,12 +42,14 @@ class Ledger:
     wrong: int = 0
     answered: list[float] = field(default_factory=list)
     refused: list[float] = field(default_factory=list)
+    ended: list[float] = field(default_factory=list)
     began: float = 0.0
     seconds: float = 0.0
 
     @property
     def rate(self) -> float:
-        return len(self.answered) / self.seconds
+        """Answers a second that came while requests were sent; those that were still in the queue then do not count."""
+        return sum(moment <= self.began + self.seconds for moment in self.ended) / self.seconds
 
     def quantile(self, share: float, refused: bool = False) -> float:
         """Milliseconds."""
@@ -88,6 +93,7 @@ class Client:
             self.idle.append((reader, writer))
         if status == "200":
             ledger.answered.append(took)
+            ledger.ended.append(time.perf_counter())
             ledger.wrong += not self.check(place, body)
         elif status == "503":
             ledger.refused.append(took)
@@ -95,7 +101,7 @@ class Client:
     async def closed(self, seconds: float, together: int) -> Ledger:
         """So many clients, each asking again when it has its answer."""
         ledger, end, numbers = Ledger(), time.perf_counter() + seconds, iter(range(10**9))
-        begun = time.perf_counter()
+        ledger.began = begun = time.perf_counter()
 
         async def loop() -> None:
             while time.perf_counter() < end:
@@ -111,7 +117,7 @@ class Client:
     async def opened(self, seconds: float, rate: float, seed: int = 0) -> Ledger:
         """Requests at random moments, whether answers come or not."""
         ledger, chance, tasks = Ledger(), random.Random(seed), set()
-        begun = following = time.perf_counter()
+        ledger.began = begun = following = time.perf_counter()
         number = 0
         while following < begun + seconds:
             await asyncio.sleep(max(0.0, following - time.perf_counter()))
@@ -134,7 +140,7 @@ class Client:
 @contextlib.contextmanager
 def started(command: list[str], sign: str) -> Any:
     """A server in a process of its own; the number in the line that `sign` matches is its port."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert process.stderr
     lines = []
     for line in process.stderr:
@@ -149,16 +155,32 @@ def started(command: list[str], sign: str) -> Any:
     finally:
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+        with contextlib.suppress(ProcessLookupError):  # LitServe leaves its workers behind, at work
+            os.killpg(process.pid, signal.SIGKILL)
 
 
-def offline(folder: str, pictures: list[bytes], seconds: float) -> tuple[float, list[list[dict[str, Any]]]]:
+def worked(session: int) -> tuple[float, float]:
+    """CPU seconds so far: of all the machine, and of the processes of a session with this one."""
+    tick, own = os.sysconf("SC_CLK_TCK"), time.process_time()
+    for place in Path("/proc").iterdir():
+        if place.name.isdecimal():
+            with contextlib.suppress(OSError):
+                fields = (place / "stat").read_text().rpartition(")")[2].split()
+                own += (int(fields[11]) + int(fields[12])) / tick if int(fields[3]) == session else 0.0
+    user, nice, system = (int(word) for word in Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / tick, own
+
+
+def offline(
+    folder: str, pictures: list[bytes], options: argparse.Namespace
+) -> tuple[float, list[list[dict[str, Any]]]]:
     """Pictures a second through `vitrail predict`'s Predictor, and the answer for each picture alone."""
     from vitrail.predict import Predictor
 
-    predictor = Predictor(folder, device="cpu")
+    predictor = Predictor(folder, options.engine, options.precision, device="cpu")
     alone = [[guess.__dict__ for guess in predictor(data)[0].top] for data in pictures]
     begun, count = time.perf_counter(), 0
-    while time.perf_counter() - begun < seconds:
+    while time.perf_counter() - begun < options.seconds / 2:
         count += len(predictor(pictures * max(1, 64 // len(pictures))))
     return count / (time.perf_counter() - begun), alone
 
@@ -206,8 +228,8 @@ class Api(litserve.LitAPI):
     def batch(self, inputs):
         return torch.stack(inputs)
     def predict(self, batch):
-        with torch.inference_mode():
-            return self.model(batch).softmax(-1)
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=sys.argv[2] == "bf16"):
+            return self.model(batch).float().softmax(-1)
     def unbatch(self, output):
         return list(output)
     def encode_response(self, output):
@@ -236,22 +258,25 @@ def counters(port: int) -> dict[str, float]:
 
 
 async def measure(folder: str, pictures: list[bytes], options: argparse.Namespace) -> None:
-    rate, alone = offline(folder, pictures, options.seconds / 2)
+    rate, alone = offline(folder, pictures, options)
     print(f"offline (Predictor, {len(pictures)} pictures): {rate:.1f} images/s")
 
     def right(place: int, body: bytes) -> bool:
         return bool(json.loads(body)["results"][0]["predictions"] == alone[place])
 
     command = [sys.executable, "-m", "vitrail", "serve", f"it={folder}", "--port", "0", "--device", "cpu"]
-    command += options.flags.split()
+    command += ["--engine", options.engine, "--precision", options.precision, *options.flags.split()]
     with started(command, r"serving http://127\.0\.0\.1:(\d+)") as (process, port):
         ledgers = []
 
         async def run(name: str, how: Callable[[Client], Any]) -> Ledger:
             client = Client(port, "/predict", pictures, right)
-            before = counters(port)
+            before, work = counters(port), worked(process.pid)
+            begun = time.perf_counter()
             ledger: Ledger = await how(client)
             await client.close()
+            spent = time.perf_counter() - begun
+            total, own = (now - then for now, then in zip(worked(process.pid), work, strict=True))
             after = counters(port)
             ledgers.append(ledger)
             counted = {
@@ -265,7 +290,8 @@ async def measure(folder: str, pictures: list[bytes], options: argparse.Namespac
                 f" p50 {ledger.quantile(0.5):.0f} p99 {ledger.quantile(0.99):.0f} ms;"
                 f" refusals p50 {ledger.quantile(0.5, True):.1f} p99 {ledger.quantile(0.99, True):.1f} ms;"
                 f" server's counts {'agree' if agree else counted}; memory {after['memory'] / 2**20:.0f} MiB;"
-                f" mean batch {after['batch']:.1f}",
+                f" mean batch {after['batch']:.1f}; cores busy with this {own / spent:.2f},"
+                f" with other work {(total - own) / spent:.2f}",
                 flush=True,
             )
             return ledger
@@ -274,13 +300,14 @@ async def measure(folder: str, pictures: list[bytes], options: argparse.Namespac
             "models"
         ][0]
         print(
-            f"batch sizes {told['batch_sizes']}, largest difference of any batch {told['batch_difference']:.1g}"
+            f"{told['engine']} in {told['precision']}, batch sizes {told['batch_sizes']}, side by side:"
+            f" {told['side_by_side']}, largest difference of any batch {told['batch_difference']:.1g}"
         )
         await run("warm", lambda client: client.closed(3, 4))
         full: Ledger = await run(
             "saturation", lambda client: client.closed(options.seconds, options.together)
         )
-        again, _ = offline(folder, pictures, options.seconds / 2)
+        again, _ = offline(folder, pictures, options)
         print(f"offline again, with the idle service beside it: {again:.1f} images/s;"
               f" the service's share {full.rate / ((rate + again) / 2):.2f}")  # fmt: skip
         steady = await run("0.8 of capacity", lambda client: client.opened(options.seconds, 0.8 * full.rate))
@@ -291,8 +318,8 @@ async def measure(folder: str, pictures: list[bytes], options: argparse.Namespac
         print(f"  goodput / capacity = {over.rate / full.rate:.2f}")
         await run("after it", lambda client: client.opened(5, 0.5 * full.rate))
     print(f"the service ended with {process.returncode}")
-    if options.peer:
-        await peer(pictures, options, full.rate)
+    for precision in options.peer:
+        await peer(pictures, options, precision, full.rate)
 
 
 async def killed(parent: int, every: float, run: Callable[..., Any], rate: float) -> None:
@@ -315,12 +342,12 @@ async def killed(parent: int, every: float, run: Callable[..., Any], rate: float
     killer.cancel()
 
 
-async def peer(pictures: list[bytes], options: argparse.Namespace, ours: float) -> None:
+async def peer(pictures: list[bytes], options: argparse.Namespace, precision: str, ours: float) -> None:
     """LitServe with timm, the same network and pictures."""
     with tempfile.TemporaryDirectory() as place:
         script = Path(place) / "peer.py"
         script.write_text(PEER)
-        with started([sys.executable, str(script), "8231"], r"litserve at (\d+)") as (_, port):
+        with started([sys.executable, str(script), "8231", precision], r"litserve at (\d+)") as (_, port):
             boundary = b'--sill\r\nContent-Disposition: form-data; name="image"; filename="a.jpg"\r\n'
             boundary += b"Content-Type: image/jpeg\r\n\r\n"
             bodies = [boundary + data + b"\r\n--sill--\r\n" for data in pictures]
@@ -339,7 +366,7 @@ async def peer(pictures: list[bytes], options: argparse.Namespace, ours: float) 
             ledger = await client.closed(options.seconds, options.together)
             await client.close()
             print(
-                f"LitServe with timm: {dict(ledger.statuses)}, {ledger.rate:.1f} answers/s,"
+                f"LitServe with timm in {precision}: {dict(ledger.statuses)}, {ledger.rate:.1f} answers/s,"
                 f" p50 {ledger.quantile(0.5):.0f} p99 {ledger.quantile(0.99):.0f} ms;"
                 f" vitrail is {ours / max(ledger.rate, 1e-9):.2f} times as fast"
             )
@@ -353,8 +380,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--together", type=int, default=16)
     parser.add_argument("--pictures")
-    parser.add_argument("--peer", action="store_true")
+    parser.add_argument("--peer", nargs="*", default=(), choices=("fp32", "bf16"))
     parser.add_argument("--killer", type=float, default=0)
+    parser.add_argument("--engine", default="auto")
+    parser.add_argument("--precision", default="auto")
     parser.add_argument("--flags", default="--deadline 30", help="further flags for vitrail serve")
     options = parser.parse_args()
     if options.pictures:

@@ -101,8 +101,8 @@ async def _wrapped(function: Any, *arguments: Any) -> Any:
 
 
 @contextmanager
-def running(*models: str, **changes: Any) -> Iterator[Running]:
-    """A service over model folders; drained and ended afterwards."""
+def running(*models: str, ends: int = 0, **changes: Any) -> Iterator[Running]:
+    """A service over model folders; drained and ended afterwards, with the code `ends`."""
     run = ServeRun(models=models, **{"port": 0, "decoders": 1, "watch": 0.05, "device": "cpu", **changes})
     service = Service(run)
     ready = threading.Event()
@@ -132,4 +132,4 @@ def running(*models: str, **changes: Any) -> Iterator[Running]:
         if not service.house or not service.house.draining:
             loops[0].call_soon_threadsafe(service.stop)
         thread.join(timeout=60)
-    assert ended == [0], ended
+    assert ended == [ends], ended

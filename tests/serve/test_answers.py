@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from tests.serve.service import LABELS, Running, picture
 from vitrail.predict import Predictor
@@ -22,6 +22,12 @@ KINDS = [("PNG", {}), ("JPEG", {"quality": 90}), ("WEBP", {"quality": 80})]
 @pytest.fixture(scope="module")
 def offline(folders: tuple[Path, Path]) -> tuple[Predictor, Predictor]:
     return Predictor(folders[0], device="cpu"), Predictor(folders[1], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def exactly(folders: tuple[Path, Path]) -> Predictor:
+    """Explanations and stories are computed in float32, whatever predictions are."""
+    return Predictor(folders[0], "torch", "fp32", device="cpu")
 
 
 def alone(predictor: Predictor, data: bytes, top_k: int = 5) -> list[dict[str, Any]]:
@@ -49,6 +55,54 @@ def test_one_picture_is_answered_as_offline(service: Running, offline: tuple[Pre
         assert answer.status == 200
         assert answer.json["results"][0]["predictions"] == alone(offline[0], data, 3)
         assert answer.json["model"] == answer.headers["x-model"] == "first"
+
+
+def every_mode() -> dict[str, bytes]:
+    """Files of every kind that a picture comes in (check 16 of the reliability sheet)."""
+    whole = Image.open(io.BytesIO(picture(7)))
+    alpha = Image.linear_gradient("L").resize(whole.size)
+    clear = whole.quantize(16)
+    found: dict[str, bytes] = {}
+
+    def save(name: str, image: Image.Image, kind: str = "PNG", **options: Any) -> None:
+        buffer = io.BytesIO()
+        image.save(buffer, format=kind, **options)
+        found[name] = buffer.getvalue()
+
+    for mode in ("1", "L", "P"):
+        save(mode, whole.convert(mode))
+    save("LA", Image.merge("LA", (whole.convert("L"), alpha)))
+    save("RGBA", Image.merge("RGBA", (*whole.split(), alpha)))
+    save("RGBA in WebP", Image.merge("RGBA", (*whole.split(), alpha)), "WEBP", lossless=True)
+    save("palette with a transparent colour", clear, transparency=3)
+    save("grey with a transparent value", whole.convert("L"), transparency=90)
+    save("16 bits", Image.fromarray(np.asarray(whole.convert("L"), dtype=np.uint16) * 257))
+    save("CMYK", whole.convert("CMYK"), "JPEG")
+    save("grey JPEG", whole.convert("L"), "JPEG")
+    save("progressive", whole, "JPEG", progressive=True)
+    save("interlaced or not", whole, "PNG", optimize=True)
+    save(
+        "with a profile",
+        whole,
+        "JPEG",
+        icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+    )
+    for turned in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = turned
+        save(f"turned {turned}", whole, "JPEG", exif=exif)
+    return found
+
+
+def test_every_mode_is_answered_as_offline(service: Running, offline: tuple[Predictor, Predictor]) -> None:
+    files = every_mode()
+    body, kind = form(list(files.values()), [f"{name}.x" for name in files])
+    records = service.predict(body, content_type=kind).json["results"]
+    for (name, data), record in zip(files.items(), records, strict=True):
+        assert record["error"] is None, name
+        assert record["predictions"] == alone(offline[0], data), name
+    tops = [str(record["predictions"]) for record in records[-8:]]
+    assert len(set(tops)) == 8  # each turn is another picture
 
 
 def test_answers_have_the_same_bits_in_any_company(
@@ -96,22 +150,18 @@ def test_an_explanation_comes_with_its_picture_map_and_score(service: Running) -
     assert set(found["faithfulness"]) == set(found["controls"]) != set()
 
 
-def test_explanations_see_the_pixels_that_predictions_see(
-    service: Running, offline: tuple[Predictor, Predictor]
-) -> None:
+def test_explanations_see_the_pixels_that_predictions_see(service: Running, exactly: Predictor) -> None:
     data = picture(4, (900, 1000), kind="JPEG")  # larger than what is drawn on
     found = service.ask("POST", "/explain?class=0", data)
     assert found.status == 200
-    score = next(guess["score"] for guess in alone(offline[0], data) if guess["index"] == 0)
+    score = next(guess["score"] for guess in alone(exactly, data) if guess["index"] == 0)
     assert found.json["score"] == pytest.approx(score, abs=1e-6)
 
 
-def test_the_story_follows_the_picture_to_its_class(
-    service: Running, offline: tuple[Predictor, Predictor]
-) -> None:
+def test_the_story_follows_the_picture_to_its_class(service: Running, exactly: Predictor) -> None:
     data = picture(5)
     told = service.ask("POST", "/story?top_k=2", data).json
-    best = alone(offline[0], data)[0]
+    best = alone(exactly, data)[0]
     assert told["trace"]["top"][0]["label"] == best["label"]
     assert told["trace"]["top"][0]["score"] == pytest.approx(best["score"], abs=1e-6)
     assert len(told["attention"]) == 2 and told["attention"][0]["heads"] == 3

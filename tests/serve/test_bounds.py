@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import resource
 import socket
 import struct
 import time
@@ -82,6 +83,11 @@ def test_other_formats_are_refused_whatever_they_are_called(service: Running, ki
         b"PK\3\4",
         b"\x7fELF",
         b"8BPS",
+        b"SIMPLE  =                    T",
+        b"\0\0\0\x0cjP  \r\n\x87\n",
+        b"RIFF\x10\0\0\0AVI LIST",
+        b"GIF89a" + picture(0, kind="JPEG"),  # another format's head before a picture: a polyglot
+        b"<!--" + picture(0),
     ],
 )
 def test_what_is_no_picture_is_refused(service: Running, data: bytes) -> None:
@@ -93,6 +99,50 @@ def test_a_bomb_is_refused_by_its_header(service: Running, size: tuple[int, int]
     begun = time.monotonic()
     refused(service.predict(png_header(*size)), 413, "picture_too_large")
     assert time.monotonic() - begun < 2
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def heavy_pictures() -> dict[str, bytes]:
+    """Small files, or small pictures in large files, that would cost much to read whole."""
+    jpeg, png = picture(0, kind="JPEG"), picture(0)
+    at = jpeg.index(b"\xff\xc0") + 5
+    frames = io.BytesIO()
+    first, *rest = [Image.new("RGB", (4, 4), (number % 256, 0, 0)) for number in range(2000)]
+    first.save(frames, format="WEBP", save_all=True, append_images=rest, lossless=True)
+    profile = zlib.compress(b"\0" * 30_000_000)
+    return {
+        "a JPEG that says 65500 x 65500": jpeg[:at] + struct.pack(">HH", 65500, 65500) + jpeg[at + 4 :],
+        "a WebP of 2000 frames": frames.getvalue(),
+        "an ICC profile of 30 MB": png[:33] + chunk(b"iCCP", b"icc\0\0" + profile) + png[33:],
+        "ten thousand text chunks": png[:33] + chunk(b"tEXt", b"a\0b") * 10_000 + png[33:],
+        "an EXIF block that points at itself": jpeg[:2]
+        + b"\xff\xe1\x00\x22Exif\0\0MM\0*\0\0\0\x08\0\x01\x87\x69\0\x04\0\0\0\x01\0\0\0\x08\0\0\0\0"
+        + jpeg[2:],
+    }
+
+
+def test_heavy_pictures_cost_little(service: Running) -> None:
+    """Check 12 of the reliability sheet: refused or answered, soon, and without memory that stays."""
+    pools = service.house.decoders
+    before = {place: resident(number) for place, number in pools.processes.items()}
+    restarts = service.count("decoder_restarts_total")
+    for name, data in heavy_pictures().items():
+        begun = time.monotonic()
+        answer = service.predict(data)
+        assert answer.status in (200, 413, 422), name
+        assert time.monotonic() - begun < 5, name
+    assert service.count("decoder_restarts_total") == restarts
+    for place, number in pools.processes.items():
+        assert resident(number) - before[place] < 64 * 2**20
+
+
+def resident(process: int) -> int:
+    """Bytes of memory that a process holds."""
+    pages = Path(f"/proc/{process}/statm").read_text().split()[1]
+    return int(pages) * resource.getpagesize()
 
 
 def test_odd_sizes_are_answered(service: Running) -> None:

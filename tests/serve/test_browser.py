@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.serve.service import LABELS, Running, picture
+import vitrail
+from tests.serve.service import LABELS, Running, picture, running
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -137,6 +139,47 @@ def test_two_models_stand_side_by_side(browser: Any, service: Running) -> None:
     assert "agree" in page.text("#verdict")
     assert page.page.locator("#answers .bars").count() == 2
     assert page.page.locator("#reasons figure").count() == 2
+    page.close()
+
+
+def test_boxes_and_masks_are_drawn_beside_classes(
+    browser: Any, folders: tuple[Path, Path], tmp_path: Path
+) -> None:
+    for name in ("quick_detr_nano", "setr_naive_nano"):
+        torch.manual_seed(0)
+        vitrail.create_model(name, num_classes=3, img_size=(64, 64)).save_pretrained(tmp_path / name)
+    dense = [str(tmp_path / name) for name in ("setr_naive_nano", "quick_detr_nano")]
+    with running(dense[0], str(folders[0]), dense[1]) as service:
+        page = Page(browser, service)
+        page.show(picture(3, (64, 80)))
+        assert "sees mostly" in page.text("#verdict") and not page.page.locator("#explain").is_visible()
+        assert page.painted("figure.found canvas") > 4
+        assert page.page.locator("#answers .chip:visible").count() == page.page.locator("#answers li").count()
+        page.page.select_option("#beside", "first")
+        page.page.wait_for_selector("#reasons h3:has-text('first')")
+        page.page.wait_for_selector("#stage")
+        assert "agree" not in page.text("#verdict")
+        page.page.select_option("#model", "quick_detr_nano")
+        page.page.wait_for_selector("#answers h3:has-text('quick_detr_nano')")
+        assert "finds" in page.text("#verdict")
+        page.shown()
+        with page.page.expect_download() as download:
+            page.page.click("figure.found .save")
+        assert download.value.suggested_filename == "quick_detr_nano-found-1.png"
+        page.close()
+
+
+def test_the_story_of_either_model_is_told(browser: Any, service: Running) -> None:
+    page = Page(browser, service)
+    page.page.select_option("#beside", "second")
+    page.show(picture(3, (64, 64)))
+    page.seek(1.0)
+    before = page.text("#scene")
+    with page.page.expect_response(lambda answer: "/story" in answer.url and "second" in answer.url):
+        page.page.select_option("#whose", "second")
+    page.page.wait_for_function(
+        "(before) => document.getElementById('scene').textContent !== before", arg=before
+    )
     page.close()
 
 
@@ -276,8 +319,6 @@ def test_the_list_of_routes_is_drawn_from_the_openapi_file(browser: Any, service
     "VITRAIL_PICTURES" not in os.environ, reason="VITRAIL_PICTURES=FOLDER MODEL PICTURE renews them"
 )
 def test_pictures_for_the_docs(browser: Any) -> None:
-    from tests.serve.service import running
-
     folder, model, file = os.environ["VITRAIL_PICTURES"].split()
     with running(f"imagenette={model}") as service:
         for scheme, name in (("light", "page"), ("dark", "page-dark")):

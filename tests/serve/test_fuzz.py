@@ -237,6 +237,7 @@ def test_many_wrong_requests(service: Running) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_files_cut_off_or_flipped_at_every_byte(service: Running) -> None:
+    restarts = service.count("decoder_restarts_total")
     for kind in ("PNG", "JPEG", "WEBP"):
         data = picture(0, (9, 11), kind, **({"quality": 40} if kind != "PNG" else {}))
         wrong = [data[:end] for end in range(len(data))]
@@ -245,6 +246,7 @@ def test_files_cut_off_or_flipped_at_every_byte(service: Running) -> None:
             body, form_kind = form(wrong[start : start + 64])
             answer = service.predict(body, content_type=form_kind)
             assert answer.status in (200, 413, 415, 422)
+    assert service.count("decoder_restarts_total") == restarts
 
 
 CHECKS = [

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.client
 import os
 import shutil
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -29,23 +31,27 @@ class Slow:
 
     name = "slow"
 
-    def __init__(self, sizes: tuple[int, ...], seconds: float = 0.0) -> None:
-        self.warmth = Warmth(sizes, 0.0, dict.fromkeys(sizes, 0.01))
+    def __init__(self, sizes: tuple[int, ...], seconds: float = 0.0, abreast: bool = False) -> None:
+        self.warmth = Warmth(sizes, 0.0, dict.fromkeys(sizes, 0.01), abreast)
         self.seconds = seconds
         self.batches: list[int] = []
+        self.inside = self.most_inside = 0
         self.fails = False
 
     def compute(self, batch: list[Any]) -> Any:
         self.batches.append(len(batch))
+        self.inside += 1
+        self.most_inside = max(self.most_inside, self.inside)
         time.sleep(self.seconds)
+        self.inside -= 1
         if self.fails:
             raise RuntimeError("told to")
         return [np.array([seen.pixels.mean()]) for seen in batch]
 
 
-async def batcher_of(model: Slow) -> tuple[Batcher, ThreadPoolExecutor]:
-    pool = ThreadPoolExecutor(1)
-    return Batcher(model, Engine(pool), lambda stage, value: None), pool  # type: ignore[arg-type]
+async def batcher_of(model: Slow, lanes: int = 1) -> tuple[Batcher, Engine]:
+    engine = Engine(lanes, lanes)
+    return Batcher(model, engine, lambda stage, value: None), engine  # type: ignore[arg-type]
 
 
 def pixels(value: int) -> Any:
@@ -55,13 +61,46 @@ def pixels(value: int) -> Any:
 def test_batches_grow_while_the_engine_is_busy_and_are_of_the_sizes_allowed() -> None:
     async def go() -> None:
         model = Slow((1, 4), 0.02)
-        batcher, pool = await batcher_of(model)
+        batcher, engine = await batcher_of(model)
         later = time.monotonic() + 60
         found = await asyncio.gather(*(batcher.submit(pixels(value), later) for value in range(11)))
         assert [float(row[0]) for row in found] == list(range(11))
         assert set(model.batches) <= {1, 4} and 4 in model.batches
         await batcher.close()
-        pool.shutdown()
+        engine.close()
+
+    asyncio.run(go())
+
+
+def test_pictures_are_computed_side_by_side_and_a_lone_one_with_every_core() -> None:
+    async def go() -> None:
+        model = Slow((1,), 0.05, abreast=True)
+        batcher, engine = await batcher_of(model, lanes=3)
+        later = time.monotonic() + 60
+        lone = asyncio.create_task(batcher.submit(pixels(1), later))
+        await asyncio.sleep(0.02)
+        assert engine.whole.taken == 1 and not any(lane.taken for lane in engine.lanes)
+        found = await asyncio.gather(*(batcher.submit(pixels(value), later) for value in range(9)))
+        assert [float(row[0]) for row in found] == list(range(9)) and float((await lone)[0]) == 1
+        assert model.most_inside == 3 and not engine.busy()
+        await batcher.close()
+        engine.close()
+
+    asyncio.run(go())
+
+
+def test_models_that_need_the_whole_engine_and_others_take_turns() -> None:
+    async def go() -> None:
+        one, many = Slow((1,), 0.02), Slow((1,), 0.02, abreast=True)
+        first, engine = await batcher_of(one, lanes=2)
+        second = Batcher(many, engine, lambda stage, value: None)  # type: ignore[arg-type]
+        later = time.monotonic() + 60
+        asked = [model.submit(pixels(value), later) for value in range(6) for model in (first, second)]
+        await asyncio.gather(*asked)
+        assert one.most_inside == 1 and one.batches == many.batches == [1] * 6
+        for batcher in (first, second):
+            await batcher.close()
+        engine.close()
 
     asyncio.run(go())
 
@@ -69,7 +108,7 @@ def test_batches_grow_while_the_engine_is_busy_and_are_of_the_sizes_allowed() ->
 def test_nothing_late_or_left_enters_a_batch() -> None:
     async def go() -> None:
         model = Slow((1,), 0.2)
-        batcher, pool = await batcher_of(model)
+        batcher, engine = await batcher_of(model)
         now = time.monotonic()
         first = asyncio.create_task(batcher.submit(pixels(1), now + 60))
         await asyncio.sleep(0.05)
@@ -84,7 +123,7 @@ def test_nothing_late_or_left_enters_a_batch() -> None:
         assert told.value.code == "deadline"
         assert model.batches == [1, 1]
         await batcher.close()
-        pool.shutdown()
+        engine.close()
 
     asyncio.run(go())
 
@@ -92,7 +131,7 @@ def test_nothing_late_or_left_enters_a_batch() -> None:
 def test_a_batch_that_fails_fails_alone() -> None:
     async def go() -> None:
         model = Slow((1,))
-        batcher, pool = await batcher_of(model)
+        batcher, engine = await batcher_of(model)
         later = time.monotonic() + 60
         model.fails = True
         with pytest.raises(Refusal, match="failed"):
@@ -100,7 +139,7 @@ def test_a_batch_that_fails_fails_alone() -> None:
         model.fails = False
         assert float((await batcher.submit(pixels(2), later))[0]) == 2
         await batcher.close()
-        pool.shutdown()
+        engine.close()
 
     asyncio.run(go())
 
@@ -191,7 +230,7 @@ def test_deadlines_and_clients_that_leave(small: Running) -> None:
     inside = small.house.places["first"].admission
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(small.predict, picture())
-        until(lambda: small.house.engine.busy_since is not None)
+        until(lambda: small.house.engine.busy())
         late = small.predict(picture(), "?deadline_ms=100")
         assert (late.status, late.json["code"]) == (504, "deadline")
         gone = http.client.HTTPConnection("127.0.0.1", small.port)
@@ -269,3 +308,39 @@ def test_a_stop_answers_what_was_let_in_and_refuses_the_rest(folders: tuple[Path
             free.set()
             assert let_in.result().status == 200
         open_connection.close()
+
+
+def test_a_stop_waits_for_nobody_who_holds_no_request_or_reads_no_answer(folders: tuple[Path, Path]) -> None:
+    with running(str(folders[0]), drain=60) as service:
+        idle = socket.create_connection(("127.0.0.1", service.port))
+        half = socket.create_connection(("127.0.0.1", service.port))
+        half.sendall(b"POST /predict HT")
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(("127.0.0.1", service.port))
+        deaf.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 600)
+        connections = service.service.server.server_state.connections
+        until(lambda: any(one.transport.get_write_buffer_size() for one in connections))
+        begun = time.monotonic()
+        service.call(service.service.stop)
+        until(lambda: not connections)
+        assert time.monotonic() - begun < 10
+        for link in (idle, half, deaf):
+            link.close()
+
+
+def test_a_stop_does_not_wait_for_an_explanation_that_nobody_reads(folders: tuple[Path, Path]) -> None:
+    """Threads cannot be ended; that one is still at work is known, so that the process need not wait for it."""
+    with running(str(folders[0]), drain=1, ends=1) as service:
+        free = threading.Event()
+        served = service.house.places["first"].version.served
+        served.explain = lambda seen, wish: free.wait(30)
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(service.ask, "POST", "/explain", picture())
+            until(lambda: service.house.busy())
+            service.call(service.service.stop)
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                asked.result(20)
+        assert service.house.busy()
+        free.set()
+        until(lambda: not service.house.busy())

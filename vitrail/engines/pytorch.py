@@ -52,7 +52,10 @@ class TorchEngine:
         Bool `[B, h, w]`, True where there is no picture.
         """
         training = self.network.training
-        self.network.eval()
+        # Else nothing is touched: several threads may compute at once.
+        changed = any(part.training for part in self.network.modules())
+        if changed:
+            self.network.eval()
         try:
             with torch.no_grad(), self.runtime.autocast():
                 place = self.runtime.device
@@ -64,7 +67,8 @@ class TorchEngine:
                 else:
                     output = self.network(batch)
         finally:
-            self.network.train(training)
+            if changed:
+                self.network.train(training)
         return in_float32(output)
 
     def _compiled(self, batch: Tensor) -> Any:

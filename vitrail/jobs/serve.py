@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import copy
 import dataclasses
 import io
 import logging
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from vitrail.data.transforms import Preprocess
 from vitrail.errors import ConfigError, UnsupportedError, VitrailError
@@ -33,8 +32,9 @@ from vitrail.explain.page import page_data
 from vitrail.explain.poster import shortened
 from vitrail.explain.trace import trace
 from vitrail.predict import Predictor
+from vitrail.runtime import choose_device
 from vitrail.tasks.classify import Classify
-from vitrail.tasks.draw_dense import index_png
+from vitrail.tasks.draw_dense import index_png, palette
 from vitrail.weights.files import weight_files
 from vitrail.weights.folder import model_folder
 
@@ -45,6 +45,12 @@ MOST_MASK_LOGITS = 200_000_000
 
 WARM_SECONDS = 20.0
 """After so long no larger batch is tried."""
+
+WORTH = 0.97
+"""Share of a smaller batch's seconds a picture that a larger one may take, or it is not worth the wait."""
+
+MOST_LANES = 8
+"""Pictures that are computed side by side on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +76,8 @@ class Warmth:
     """Largest difference of a logit between a batch of any size tried and the picture alone; 0 is bit for bit."""
     seconds: dict[int, float]
     """Time of one batch, by its size."""
+    abreast: bool = False
+    """Whether pictures may be computed side by side, each with its share of the cores."""
 
 
 class Served:
@@ -80,7 +88,9 @@ class Served:
         folder: model folder or run folder.
         exact: use only batch sizes for which every picture's answer has the bits it has alone.
         batch_size: most pictures in one batch.
-        device, precision: as for `vitrail predict`.
+        device, precision, engine: as for `vitrail predict`.
+        share: cores of one picture where several are computed side by side; 0 for all.
+        copies: folder where the model's copy is made; the system's for temporary files by default.
 
     Raises:
         What opening a model raises; ConfigError where no picture has the model's channels.
@@ -95,17 +105,21 @@ class Served:
         batch_size: int = 32,
         device: str = "auto",
         precision: str = "auto",
+        engine: str = "auto",
+        share: int = 0,
+        copies: str | None = None,
     ) -> None:
         self.name, self.folder = name, folder
         self.stamp = stamp(folder)
-        self.copy = tempfile.mkdtemp(prefix="vitrail-serve-")
+        self.copy = tempfile.mkdtemp(prefix="vitrail-serve-", dir=copies)
         weakref.finalize(self, shutil.rmtree, self.copy, ignore_errors=True)
         # Weights stay mapped from their file. If somebody wrote over that, or cut it short, the pages behind the
         # mapping would change under the service, or be gone, and the system would end it (SIGBUS).
         shutil.copytree(model_folder(folder), self.copy, dirs_exist_ok=True)
-        # The network itself: a picture's bits must not hang on which engine was once measured beside the folder.
-        self.predictor = Predictor(self.copy, "torch", precision, device=device, batch_size=batch_size)
+        self.predictor = Predictor(self.copy, engine, precision, device=device, batch_size=batch_size)
         self.card = self.predictor.engine.card
+        # Other engines keep threads of their own.
+        self.share = share if share and self.predictor.engine.name == "torch" else torch.get_num_threads()
         self.labels = self.predictor.labels
         self.version = (self.card.sha256 or self.stamp)[:12]
         self.preprocessing = dataclasses.asdict(self.card.preprocessing)
@@ -189,11 +203,15 @@ class Served:
             "architecture": self.card.architecture,
             "task": self.card.task,
             "labels": list(self.labels),
+            "colours": [] if self.classifies else _colours(len(self.labels)),
             "input": {"channels": channels, "rows": rows, "columns": columns},
             "scores": dict(self.card.scores),
             "licence": self.card.licence,
             "explain": {"methods": list(self.methods), "default": self.default_method},
+            "engine": self.predictor.engine.name,
+            "precision": self.predictor.engine.precision,
             "batch_sizes": list(self.warmth.sizes),
+            "side_by_side": self.warmth.abreast,
             "batch_difference": self.warmth.difference,
             "loaded_at": self.loaded_at,
         }
@@ -218,20 +236,40 @@ class Served:
             raise ConfigError(f"{self.name}: the model answers with numbers that are not finite.")
         begun = time.perf_counter()
         alone = [self.predictor.forward(noise[:1])]
-        self.predictor.forward(noise[:1])
-        seconds = {1: (time.perf_counter() - begun) / 2}
-        sizes, difference, size = [1], 0.0, 2
-        while size <= most and time.perf_counter() - begun < WARM_SECONDS:
-            alone += [self.predictor.forward(noise[row : row + 1]) for row in range(len(alone), size)]
+        if exact:
+            _end_alone(getattr(self.predictor.engine, "network", None))
+        threads = torch.get_num_threads()
+        use_threads(self.share)
+        try:
+            found, seconds = self._timed(noise[:1])
+            apart = float((found - alone[0]).abs().max())
+            abreast = self.share < threads and (apart == 0.0 or not exact)
+            if not abreast:
+                use_threads(threads)
+                found, seconds = self._timed(noise[:1])
+            kept, difference, size, pace = {1: seconds}, apart, 2, seconds
+            while size <= most and time.perf_counter() - begun < WARM_SECONDS:
+                alone += [self.predictor.forward(noise[row : row + 1]) for row in range(len(alone), size)]
+                found, seconds = self._timed(noise[:size])
+                apart = float((found - torch.cat(alone)).abs().max())
+                difference = max(difference, apart)
+                if (apart == 0.0 or not exact) and seconds / size < WORTH * pace:
+                    kept[size], pace = seconds, seconds / size
+                elif size > 4 * max(kept):  # the third size in a row that is of no use
+                    break
+                size *= 2
+        finally:
+            use_threads(threads)
+        return Warmth(tuple(kept), difference, kept, abreast)
+
+    def _timed(self, images: Tensor) -> tuple[Tensor, float]:
+        """Logits of a batch, and the time of the quicker of two runs."""
+        times = []
+        for _ in range(2):
             since = time.perf_counter()
-            found = self.predictor.forward(noise[:size])
-            apart = float((found - torch.cat(alone)).abs().max())
-            difference = max(difference, apart)
-            if apart == 0.0 or not exact:
-                sizes.append(size)
-                seconds[size] = time.perf_counter() - since
-            size *= 2
-        return Warmth(tuple(sizes), difference, seconds)
+            found = self.predictor.forward(images)
+            times.append(time.perf_counter() - since)
+        return found, min(times)
 
     def explainer(self) -> Explainer:
         """The model once more, in float32, for explanations: made at the first call, from this version's weights."""
@@ -239,8 +277,7 @@ class Served:
             raise UnsupportedError(f"{self.name} finds boxes or masks, which are not explained.")
         with self._lock:
             if self._explainer is None:
-                network: Any = self.predictor.engine
-                self._explainer = Explainer(copy.deepcopy(network.network))
+                self._explainer = Explainer(self.copy)
             return self._explainer
 
     def explain(self, seen: Seen, wish: Wish) -> dict[str, Any]:
@@ -285,6 +322,40 @@ class Served:
             pixels=torch.from_numpy(seen.pixels),
             **wish.options,
         )
+
+
+def _colours(classes: int) -> list[str]:
+    """The colours in which boxes and masks are drawn, as pages write them."""
+    return ["#" + bytes(colour).hex() for colour in palette(classes)[:classes]]
+
+
+def use_threads(count: int) -> None:
+    """Let what the calling thread computes take so many cores."""
+    torch.set_num_threads(count)
+
+
+def shares(device: str) -> tuple[int, int]:
+    """How many pictures are computed side by side, and the cores of all together. Raises ConfigError."""
+    threads = torch.get_num_threads()
+    return (max(1, min(threads, MOST_LANES)) if choose_device(device).type == "cpu" else 1), threads
+
+
+def _end_alone(network: nn.Module | None) -> None:
+    """Have what has become one vector a picture go through linear layers picture by picture.
+
+    A product of one row is added up in another order than one of several. Nearly always that is the head, where it
+    costs nothing beside the rest, and the only place where a batch moves bits.
+    """
+    for part in network.modules() if network is not None else ():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(_by_rows)
+
+
+def _by_rows(layer: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> Tensor:
+    vectors = given[0]
+    if vectors.ndim != 2 or len(vectors) == 1:
+        return found
+    return torch.cat([layer.forward(row) for row in vectors.split(1)])
 
 
 @dataclass(frozen=True, kw_only=True)

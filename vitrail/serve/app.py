@@ -18,6 +18,7 @@ import vitrail
 from vitrail.errors import UserError
 from vitrail.jobs.serve import Seen, Served, Wish
 from vitrail.serve import body, schema, settings
+from vitrail.serve.admission import Ticket
 from vitrail.serve.gate import Gate, refuse
 from vitrail.serve.house import House, Version
 from vitrail.serve.metrics import Metrics
@@ -176,17 +177,38 @@ class Desk:
         self.house.metrics.admitted.inc()
         try:
             data = await body.read(request.receive, largest, declared, ticket)
-            pictures = pictures_in(headers, data)
+            pictures = await self.pictures_in(headers, data, ticket)
             if len(pictures) > min(most or settings.MOST_PARTS, place.admission.most_images):
                 raise Refusal("too_many_pictures")
-            ticket.resize(len(pictures), len(data))
-            state.update(images=len(pictures), bytes=len(data))
+            size = max(len(data), sum(len(picture) for _, picture in pictures))
+            ticket.resize(len(pictures), size)
+            state.update(images=len(pictures), bytes=size)
             with place.version as version:
                 state.update(version=version.served.version)
                 found = await unless_left(request, work(version, pictures))
                 return answer(found, version)
         finally:
             ticket.release()
+
+    async def pictures_in(
+        self, headers: Mapping[str, str], data: bytes, ticket: Ticket
+    ) -> list[tuple[str, bytes]]:
+        """Names and bytes of the pictures of a request, those fetched for it among them."""
+        fetcher = self.house.fetcher
+        if not fetcher.allowed or body.media_type(headers)[0] != "application/json":
+            return pictures_in(headers, data)
+        urls = urls_in(data)
+        ticket.resize(len(urls), len(data))
+        most = self.house.run.body_megabytes * 2**20
+        found: list[tuple[str, bytes]] = []
+        held = 0
+        for url in urls:  # one after the other, and all together no larger than one body
+            picture = await fetcher.fetch(
+                url, most - held, lambda size, held=held: ticket.resize(len(urls), held + size)
+            )
+            held += len(picture)
+            found.append((body.plain_name(url), picture))
+        return found
 
     async def look(self, version: Version, pictures: list[tuple[str, bytes]], deadline: float) -> list[Any]:
         """What the model computes of every picture, or the Refusal that says why it does not."""
@@ -240,6 +262,19 @@ def pictures_in(headers: Mapping[str, str], data: bytes) -> list[tuple[str, byte
     if not parts:
         raise Refusal("no_picture")
     return [(part.filename or f"image {place}", part.data) for place, part in enumerate(parts)]
+
+
+def urls_in(data: bytes) -> list[str]:
+    """The URLs of a JSON body: {"url": TEXT} or {"urls": [TEXT, ...]}. Raises Refusal."""
+    order = body.read_json(data)
+    urls = [order["url"]] if isinstance(order, dict) and "url" in order else []
+    if isinstance(order, dict) and isinstance(order.get("urls"), list):
+        urls += order["urls"]
+    if not urls or not all(isinstance(url, str) for url in urls):
+        raise Refusal("bad_json")
+    if len(urls) > settings.MOST_URLS:
+        raise Refusal("too_many_pictures")
+    return urls
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:

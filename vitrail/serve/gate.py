@@ -81,6 +81,9 @@ class Gate:
             await refuse(receive, answer.send, refusal, state)
         except Left:
             answer.left = True
+        except asyncio.CancelledError:  # the drain's time is up
+            state["lost"] = True
+            raise
         except Exception:  # a request may fail, the service may not
             logger.exception("request %s failed", identity)
             if not answer.status:
@@ -110,7 +113,7 @@ class Gate:
         self.metrics.seconds.labels(route).observe(seconds)
         if "refused" in state:
             self.metrics.refusals.labels(state["refused"]).inc()
-        if state.get("admitted"):
+        if state.get("admitted") and not state.get("lost"):
             self.metrics.finished.inc()
         told: dict[str, Any] = {
             "id": state["request_id"],

@@ -6,18 +6,21 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vitrail.errors import VitrailError
 from vitrail.jobs.decoder import Bounds
-from vitrail.jobs.serve import Served, stamp
+from vitrail.jobs.serve import Served, shares, stamp, use_threads
 from vitrail.runs import ServeRun
 from vitrail.serve import settings
 from vitrail.serve.admission import Admission
 from vitrail.serve.batcher import Batcher, Engine
 from vitrail.serve.decoders import Decoders
+from vitrail.serve.fetch import Fetcher
 from vitrail.serve.metrics import Metrics
 from vitrail.serve.refusals import Refusal
 
@@ -81,11 +84,15 @@ class House:
     def __init__(self, run: ServeRun, folders: Mapping[str, str], metrics: Metrics) -> None:
         self.run, self.folders, self.metrics = run, folders, metrics
         self.places: dict[str, Place] = {}
-        self.executor = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self.loader = ThreadPoolExecutor(1, thread_name_prefix="loader")
-        self.explainer = ThreadPoolExecutor(1, thread_name_prefix="explain")
-        self.engine = Engine(self.executor)
-        self.explaining = 0
+        lanes, cores = shares(run.device)
+        self.engine = Engine(lanes, cores)
+        # A new thread takes as many cores as were last set anywhere, so each is told its own number.
+        self.loader = ThreadPoolExecutor(1, "loader", initializer=use_threads, initargs=(cores,))
+        self.explainer = ThreadPoolExecutor(1, "explain", initializer=use_threads, initargs=(cores,))
+        self.explanations: set[Future[Any]] = set()
+        self.loads: set[Future[Any]] = set()
+        self.copies = tempfile.mkdtemp(prefix="vitrail-serve-")
+        """Where the models lie that are computed with."""
         self.ready = self.draining = False
         self.look = asyncio.Event()
         """Set to have the folders looked at now."""
@@ -94,6 +101,7 @@ class House:
         bounds = Bounds(
             megabytes=run.decoder_megabytes, seconds=run.decode_seconds, pixels=round(run.megapixels * 1e6)
         )
+        self.fetcher = Fetcher(run.fetch_from)
         self.decoders = Decoders(run.decoders or _cores(), bounds, metrics.heard)
 
     async def open(self) -> None:
@@ -114,8 +122,18 @@ class House:
         for place in self.places.values():
             await place.version.batcher.close()
         await self.decoders.close()
-        for executor in (self.executor, self.loader, self.explainer):
+        self.engine.close()
+        for executor in (self.loader, self.explainer):
             executor.shutdown(wait=False, cancel_futures=True)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the copies; what is mapped from them stays readable for as long as the process lives."""
+        shutil.rmtree(self.copies, ignore_errors=True)
+
+    def busy(self) -> bool:
+        """Whether a thread is at something, be it that nobody waits for it any more."""
+        return self.engine.computes() or bool(self.explanations or self.loads)
 
     def place(self, name: str | None) -> Place:
         """The model that a request means; the only or the first one where it names none. Raises Refusal."""
@@ -135,17 +153,9 @@ class House:
 
     async def explain(self, call: Callable[[], Any]) -> Any:
         """Something that takes long, one at a time and apart from the batches. Raises Refusal when many wait."""
-        if self.explaining > settings.EXPLANATIONS_WAITING:
+        if len(self.explanations) > settings.EXPLANATIONS_WAITING:
             raise Refusal("full", retry_after=5)
-        loop = asyncio.get_running_loop()
-        self.explaining += 1
-        running = self.explainer.submit(call)
-        # Counted until the thread is done with it, not until its client has left.
-        running.add_done_callback(lambda _: loop.call_soon_threadsafe(self._explained))
-        return await asyncio.wrap_future(running)
-
-    def _explained(self) -> None:
-        self.explaining -= 1
+        return await _known_in(self.explanations, self.explainer.submit(call))
 
     def _version(self, served: Served) -> Version:
         return Version(served, Batcher(served, self.engine, self.metrics.heard))
@@ -157,18 +167,24 @@ class House:
             return Served(
                 name,
                 folder,
+                copies=self.copies,
                 exact=run.exact,
                 batch_size=run.batch_size,
                 device=run.device,
                 precision=run.precision,
+                engine=run.engine,
+                share=self.engine.share,
             )
 
-        served = await asyncio.get_running_loop().run_in_executor(self.loader, load)
+        served: Served = await _known_in(self.loads, self.loader.submit(load))
         logger.info(
-            "%s: version %s, batches of %s; a batch moves no logit by more than %.1g",
+            "%s: version %s on %s in %s, batches of %s%s; a batch moves no logit by more than %.1g",
             name,
             served.version,
+            served.predictor.engine.name,
+            served.predictor.engine.precision,
             ", ".join(map(str, served.warmth.sizes)),
+            f", {len(self.engine.lanes)} side by side" if served.warmth.abreast else "",
             served.warmth.difference,
         )
         return served
@@ -205,6 +221,13 @@ class House:
         task = asyncio.create_task(_retire(old))
         self.retiring.add(task)
         task.add_done_callback(self.retiring.discard)
+
+
+async def _known_in(running: set[Future[Any]], call: Future[Any]) -> Any:
+    """What a call in a thread gives; it is known until the thread is done, not until nobody waits for it."""
+    running.add(call)
+    call.add_done_callback(running.discard)
+    return await asyncio.wrap_future(call)
 
 
 async def _retire(old: Version) -> None:

@@ -18,6 +18,16 @@ BODY = {
         "image/jpeg": PICTURE,
         "image/png": PICTURE,
         "image/webp": PICTURE,
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "description": "Only where the service was told to fetch from those hosts (--fetch-from).",
+                "properties": {
+                    "url": {"type": "string"},
+                    "urls": {"type": "array", "items": {"type": "string"}},
+                },
+            }
+        },
         "multipart/form-data": {
             "schema": {
                 "type": "object",

@@ -8,14 +8,17 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NoReturn
 
 import uvicorn
 
 from vitrail.errors import ConfigError
 from vitrail.jobs.serve import served_names
 from vitrail.runs import ServeRun
+from vitrail.serve import settings
 from vitrail.serve.app import make_app
 from vitrail.serve.gate import LOOPBACK
 from vitrail.serve.house import House
@@ -40,16 +43,48 @@ def serve(run: ServeRun, ready: Callable[[str], None] = lambda url: None) -> int
     """
     service = Service(run)
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        return runner.run(service.run_until_told(ready))
+        code = runner.run(service.run_until_told(ready))
+        if service.house is not None and service.house.busy():
+            # Python would wait for the thread, however long its batch, explanation or loading still takes.
+            logger.warning("leaving while something is still computed that nobody waits for")
+            _leave(code)
+    return code
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server without its signal handlers, which end the process by the signal instead of with a code."""
+    """uvicorn's server without its signal handlers, and with an end to every connection that holds no request."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Signals are taken by `Service`."""
+        """Signals are taken by `Service`; uvicorn would end the process by the signal instead of with a code."""
         yield
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more connections, wait for the requests in hand."""
+        letting_go = asyncio.create_task(self._let_go())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            letting_go.cancel()
+
+    async def _let_go(self) -> None:
+        """Close what holds no request, again and again, and cut off who does not read.
+
+        uvicorn closes once. A connection that was accepted a moment before is made a moment later, and one whose
+        client does not read is never lost: either would hold up the stop for the whole drain.
+        """
+        unread: dict[Any, tuple[int, float]] = {}
+        while True:
+            now = time.monotonic()
+            for connection in list(self.server_state.connections):
+                connection.shutdown()
+                size = connection.transport.get_write_buffer_size()
+                before, since = unread.setdefault(connection, (size, now))
+                if not size or size != before:
+                    unread[connection] = (size, now)
+                elif now - since > settings.LINGER_SECONDS:
+                    connection.transport.abort()
+            await asyncio.sleep(0.1)
 
 
 class Service:
@@ -67,6 +102,8 @@ class Service:
         self.metrics = Metrics()
         self.house: House | None = None
         self.server: Server | None = None
+        self.told = time.monotonic()
+        """When the service was told to stop."""
 
     @property
     def url(self) -> str:
@@ -98,17 +135,20 @@ class Service:
             server.should_exit = True
             opening.cancel()
             await asyncio.gather(opening, serving, return_exceptions=True)
+            drained = time.monotonic()
             await house.close()
-        return self._reckon()
+        return self._reckon(drained)
 
     def stop(self) -> None:
         """Take no more, answer what was accepted, end. The second time: end at once."""
         assert self.house is not None and self.server is not None
         if self.house.draining:
             logger.warning("told twice: leaving at once")
-            os._exit(1)
+            self.house.discard()
+            _leave(1)
         self.house.draining = True
         self.server.should_exit = True
+        self.told = time.monotonic()
         logger.info("stopping: accepted requests are answered first")
 
     def _server(self, house: House) -> Server:
@@ -128,19 +168,35 @@ class Service:
         )
         return Server(config)
 
-    def _reckon(self) -> int:
-        """Compare what was let in with what got an answer."""
+    def _reckon(self, drained: float) -> int:
+        """Compare what was let in with what got an answer; `drained` is when the last connection was closed."""
         admitted, finished = (
             int(self.metrics.registry.get_sample_value(f"vitrail_{name}_total") or 0)
             for name in ("admitted", "finished")
         )
         logger.info(
-            "stopped: %d requests accepted, %d of them ended",
+            "stopped: %d requests accepted, %d of them ended; %.1f s for connections, %.1f s for the rest",
             admitted,
             finished,
-            extra={"request": {"event": "stopped", "admitted": admitted, "finished": finished}},
+            drained - self.told,
+            time.monotonic() - drained,
+            extra={
+                "request": {
+                    "event": "stopped",
+                    "admitted": admitted,
+                    "finished": finished,
+                    "drain_seconds": round(drained - self.told, 3),
+                    "close_seconds": round(time.monotonic() - drained, 3),
+                }
+            },
         )
         return 0 if admitted == finished else 1
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without waiting for its threads."""
+    logging.shutdown()
+    os._exit(code)
 
 
 def _token(run: ServeRun) -> str:

@@ -32,6 +32,9 @@ DISCARD_SECONDS = 1.0
 MOST_DISCARDED = 256 * 2**20
 """Bytes of such a body."""
 
+LINGER_SECONDS = 2.0
+"""Time that a client may leave its answer unread when the service stops."""
+
 MOST_CONNECTIONS = 2048
 """Open connections; one more is closed at once."""
 
@@ -49,3 +52,12 @@ MOST_TOP_K = 1000
 
 NAME_LENGTH = 200
 """Letters of a picture's name that are kept."""
+
+MOST_URL = 2000
+"""Letters of a URL that is fetched."""
+
+MOST_URLS = 16
+"""URLs of one request."""
+
+FETCH_SECONDS = 10.0
+"""Time for one URL, from its look-up to its last byte."""

@@ -1,11 +1,7 @@
 // Boxes and masks over the picture, for models that find them.
 import { load } from "./drawing.js";
 
-const COLOURS = ["#e64b35", "#2ea043", "#2f6fd6", "#f5a623", "#9b51e0", "#00a8b5", "#e954a4", "#7c5c3c", "#a0c428", "#5a5ac8", "#ff7f66", "#00785a", "#7896b4", "#c8aa00"];
-
-export async function drawFindings(record, image, figure) {
-  figure.hidden = !(record.detections || record.mask);
-  if (figure.hidden) return;
+export async function drawFindings(record, image, figure, colours) {
   await image.decode().catch(() => null);
   const canvas = figure.querySelector("canvas"), context = canvas.getContext("2d"), scale = Math.max(1, Math.ceil(640 / Math.max(record.width, record.height)));
   canvas.width = record.width * scale; canvas.height = record.height * scale;
@@ -18,7 +14,7 @@ export async function drawFindings(record, image, figure) {
   const line = Math.max(2, canvas.width / 320), boxes = record.detections ?? [];
   context.font = `600 ${Math.max(12, canvas.width / 45)}px system-ui, sans-serif`;
   for (const box of [...boxes].reverse()) {
-    const [x, y, w, h] = box.bbox.map((value) => value * scale), paint = COLOURS[box.category_id % COLOURS.length];
+    const [x, y, w, h] = box.bbox.map((value) => value * scale), paint = colours[box.category_id % colours.length];
     context.lineWidth = line; context.strokeStyle = paint; context.strokeRect(x, y, w, h);
     const text = `${box.category} ${(100 * box.score).toFixed(0)}`, high = Math.max(14, canvas.width / 38);
     context.fillStyle = paint; context.fillRect(x - line / 2, Math.max(0, y - high), context.measureText(text).width + 8, high);

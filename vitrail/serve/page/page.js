@@ -8,6 +8,7 @@ const state = { file: null, models: [], stop: null, token: sessionStorage.getIte
 const story = new Story(), attention = new Attention();
 const chosen = () => [$("model").value, $("beside").value].filter(Boolean);
 const about = (name) => state.models.find((model) => model.name === name);
+const explained = () => state.explains ? chosen().filter((name, at, all) => about(name).explain.methods.length && all.indexOf(name) === at) : [];
 
 class Refused extends Error {}
 
@@ -64,9 +65,12 @@ async function answer() {
     const found = await Promise.all(chosen().map((model) => call("predict", { model, top_k: 5, mask: about(model).task === "image-segmentation" ? true : "" }, state.file, signal)));
     showAnswers(found);
     say("");
-    if (!state.explains || !about(chosen()[0]).explain.methods.length) { $("explain").hidden = $("story").hidden = $("attention").hidden = true; return; }
-    showChoices(found);
-    await Promise.all([explain(signal), tell(signal)]);
+    const told = found.filter((answer) => explained().includes(answer.model));
+    $("explain").hidden = $("story").hidden = $("attention").hidden = !told.length;
+    if (told.length) {
+      showChoices(told);
+      await Promise.all([explain(signal), tell(signal)]);
+    }
     document.documentElement.dataset.shown = "yes";
   } catch (error) { trouble(error); }
 }
@@ -75,26 +79,40 @@ function showAnswers(found) {
   $("results").hidden = false;
   const best = found.map((answer) => answer.results[0]);
   const words = best.map((record, at) => `${found[at].model} ${verdict(record)}`);
-  const agree = best.length > 1 && guesses(best[0])[0]?.label === guesses(best[1])[0]?.label;
-  $("verdict").textContent = words.join("; ") + (best.length > 1 ? (agree ? ". They agree." : ". They disagree.") : ".");
+  const compared = best.length > 1 && best.every((record) => record.predictions);
+  const agree = compared && best[0].predictions[0]?.label === best[1].predictions[0]?.label;
+  $("verdict").textContent = `${words.join("; ")}.${compared ? (agree ? " They agree." : " They disagree.") : ""}`;
   $("answers").replaceChildren(...found.map((answer, at) => {
-    const bars = element("ol", { className: "bars" }, guesses(answer.results[0]).map((guess) => {
+    const bars = element("ol", { className: "bars" }, guesses(answer.results[0], about(answer.model).colours).map((guess) => {
       const fill = element("span", { className: "fill" });
       requestAnimationFrame(() => requestAnimationFrame(() => { fill.style.width = `${100 * guess.score}%`; }));
-      return element("li", {}, [element("span", { className: "label", textContent: guess.label, title: guess.label }),
+      const chip = element("span", { className: "chip", hidden: !guess.colour });
+      if (guess.colour) { chip.style.background = guess.colour; fill.style.background = guess.colour; }
+      return element("li", {}, [element("span", { className: "label", title: guess.label }, [chip, guess.label]),
         element("span", { className: "value", textContent: percent(guess.score) }),
         element("span", { className: "track", ariaHidden: "true" }, [fill])]);
     }));
     const save = element("button", { type: "button", className: "save", textContent: "Save answer (JSON)" });
     save.addEventListener("click", () => download(new Blob([JSON.stringify(answer, null, 2)], { type: "application/json" }), `${answer.model}.json`));
-    return element("div", { className: at ? "second" : "first" }, [element("h3", { textContent: answer.model }), bars, save]);
+    const figure = findings(answer, best.length > 1 ? `${answer.model}-found-${at + 1}` : `${answer.model}-found`);
+    return element("div", { className: at ? "second" : "first" }, [element("h3", { textContent: answer.model }), ...figure, bars, save]);
   }));
-  drawFindings(best[0], $("preview"), $("findings"));
 }
 
-function guesses(record) {  // what bars show: classes, boxes by their score, or shares of the picture
-  const boxes = (record.detections ?? []).map((box) => ({ label: box.category, score: box.score })).slice(0, 20);
-  return record.predictions ?? (record.detections ? boxes : record.classes.map(({ label, share }) => ({ label, score: share })));
+function findings(answer, name) {  // boxes or the mask over the picture
+  const record = answer.results[0];
+  if (!record.detections && !record.mask) return [];
+  const canvas = element("canvas", { role: "img" }), save = element("button", { type: "button", className: "save", textContent: "Save picture" });
+  save.addEventListener("click", () => saveCanvas(canvas, `${name}.png`));
+  const figure = element("figure", { className: "found" }, [canvas, element("figcaption", {}, [element("span"), save])]);
+  drawFindings(record, $("preview"), figure, about(answer.model).colours);
+  return [figure];
+}
+
+function guesses(record, colours = []) {  // what bars show: classes, boxes by their score, or shares of the picture
+  if (record.predictions) return record.predictions;
+  if (record.classes) return record.classes.map(({ label, index, share }) => ({ label, score: share, colour: colours[index] }));
+  return record.detections.map((box) => ({ label: box.category, score: box.score, colour: colours[box.category_id % colours.length] })).slice(0, 20);
 }
 
 function verdict(record) {
@@ -104,7 +122,7 @@ function verdict(record) {
 }
 
 function showChoices(found) {
-  const model = about(chosen()[0]), methods = model.explain.methods, method = $("method").value, label = $("class").value;
+  const model = about(found[0].model), methods = model.explain.methods, method = $("method").value, label = $("class").value;
   $("method").replaceChildren(...methods.map((name) => new Option(name.replaceAll("_", " "), name)));
   $("method").value = methods.includes(method) ? method : model.explain.default;
   const top = found[0].results[0].predictions, shown = new Set(top.map((guess) => guess.index));
@@ -113,19 +131,20 @@ function showChoices(found) {
     ...rest.map(([name, index]) => new Option(name, index)));
   if (state.classOf === state.file && [...$("class").options].some((option) => option.value === label)) $("class").value = label;
   state.classOf = state.file;
+  const precision = model.precision;
+  $("precision").textContent = precision === "fp32" ? "" : `Reasons and the story are computed in fp32, the answer above in ${precision}: shares may differ in their last digits.`;
 }
 
 async function explain(signal, score = false) {
-  $("explain").hidden = false;
   const place = $("reasons");
   place.classList.add("busy");
   $("measure").disabled = true;
   if (score) say("Measuring: the picture is asked about some hundred times…");
   try {
-    const label = $("class").value, name = about(chosen()[0]).labels[label];
-    const found = await Promise.allSettled(chosen().map((model, at) => call("explain", {
-      model, score, deadline_ms: "",
-      method: at ? (about(model).explain.methods.includes($("method").value) ? $("method").value : "auto") : $("method").value,
+    const [first, ...others] = explained(), label = $("class").value, name = about(first).labels[label], method = $("method").value;
+    const found = await Promise.allSettled([first, ...others].map((model, at) => call("explain", {
+      model, score,
+      method: about(model).explain.methods.includes(method) ? method : "auto",
       class: at ? (about(model).labels.includes(name) ? name : "") : label }, state.file, signal)));
     if (found[0].status === "rejected") throw found[0].reason;
     place.replaceChildren(...found.filter((one) => one.status === "fulfilled").map((one) => reason(one.value)));
@@ -161,8 +180,11 @@ function reason(found) {
 function blobOf(text) { return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" }); }
 
 async function tell(signal) {
-  const told = await call("story", { model: chosen()[0], top_k: 5 }, state.file, signal);
-  $("story").hidden = false;
+  const names = explained(), whose = names.includes($("whose").value) ? $("whose").value : names[0];
+  $("whose").replaceChildren(...names.map((name) => new Option(name, name)));
+  $("whose").value = whose;
+  $("whose-label").hidden = names.length < 2;
+  const told = await call("story", { model: whose, top_k: 5 }, state.file, signal);
   $("steps").replaceChildren(...told.steps.map((step) => element("tr", {}, [step.step, step.shape, step.note].map((text) => element("td", { textContent: text })))));
   await story.show(told);
   $("attention").hidden = !told.attention.length;
@@ -181,9 +203,10 @@ function listen() {
   document.addEventListener("drop", (event) => take(event.dataTransfer.files));
   document.addEventListener("paste", (event) => { if (event.clipboardData.files.length) take(event.clipboardData.files); });
   for (const id of ["model", "beside"]) $(id).addEventListener("change", () => answer());
+  $("whose").addEventListener("change", () => tell(state.stop.signal).catch(trouble));
   for (const id of ["method", "class"]) $(id).addEventListener("change", () => explain(state.stop.signal).catch(trouble));
   $("measure").addEventListener("click", () => explain(state.stop.signal, true).catch(trouble));
-  for (const button of document.querySelectorAll(".save")) button.addEventListener("click", () => saveCanvas($(button.dataset.of), `${chosen()[0]}-${button.dataset.name}.png`));
+  for (const button of document.querySelectorAll(".save")) button.addEventListener("click", () => saveCanvas($(button.dataset.of), `${$("whose").value}-${button.dataset.name}.png`));
   $("door").addEventListener("submit", (event) => {
     event.preventDefault();
     state.token = $("token").value.trim();

@@ -90,7 +90,7 @@ export class Story {
     if (time < SCENES.end[0] && this.layers.length) {
       const layer = this.layers[this.block()], gaze = layer.gaze;
       const lines = !gaze ? "" : gaze.kind === "strength" ? "; lines go to where it answers most strongly" : `; lines show what ${gaze.token ? this.prefix[0] ?? "the first token" : "the average token"} attends to most`;
-      return `${layer.name} of ${this.layers.length}: alike colours are alike ${words.items}${lines}.`;
+      return `${layer.name[0].toUpperCase()}${layer.name.slice(1)} of ${this.layers.length}: alike colours are alike ${words.items}${lines}.`;
     }
     return `The last vector becomes probabilities: ${best.label}, ${percent(best.score)}.`;
   }
@@ -100,7 +100,8 @@ export class Story {
     this.canvas.width = Math.round(w * ratio); this.canvas.height = Math.round(h * ratio);
     const tall = w < h * 1.35, side = tall ? Math.min(w * .7, h * .58) : Math.min(h * .86, w * .42);
     const shape = this.data.height / this.data.width, wide = shape > 1 ? side / shape : side, high = shape > 1 ? side : side * shape;
-    const square = { x: tall ? (w - wide) / 2 : w * .05 + (w * .45 - wide) / 2, y: tall ? h * .05 : (h - high) / 2, w: wide, h: high };
+    const room = tall ? 0 : w * .19 * (1 - ease(between(this.time, [SCENES.end[0], .94])));  // in the middle until the bars come
+    const square = { x: tall ? (w - wide) / 2 : room + w * .05 + (w * .45 - wide) / 2, y: tall ? h * .05 : (h - high) / 2, w: wide, h: high };
     return { w, h, ratio, tall, square };
   }
 
