@@ -471,7 +471,7 @@ class CompareRun:
     lr: float | None = None
     """Learning rate for all; by default as the plan chooses."""
     cost_models: tuple[str, ...] = ()
-    """Networks whose cost is measured; by default one for each way of growing."""
+    """Networks whose cost is measured; by default one for each way of growing, with boxes and masks those trained."""
     sizes: tuple[int, ...] = (224, 384, 512, 768, 1024)
     """Picture sides at which cost is measured."""
     repeats: int = 3

@@ -52,6 +52,9 @@ DENSE = {
 }
 """The same for boxes and masks, by the kind of the data."""
 
+EPOCHS = 5
+"""Passes over the data where no budget was given."""
+
 SIZED = (
     "vit_tiny_patch16_224",
     "pvt_tiny",
@@ -143,7 +146,7 @@ def check(run: CompareRun) -> None:
         raise ConfigError(f"seeds must be at least 1; got {run.seeds}.")
     if sorted(set(run.sizes)) != list(run.sizes):
         raise ConfigError(f"sizes must grow, each once; got {' '.join(map(str, run.sizes))}.")
-    for name in (*models_of(run), *(run.cost_models or SIZED)):
+    for name in (*models_of(run), *sized_of(run)):
         registry.variant(name)
 
 
@@ -153,6 +156,14 @@ def models_of(run: CompareRun) -> tuple[str, ...]:
         return run.models
     kind = kinds_of(run.data)[0] if run.data else "classes"
     return tuple(name for name in DENSE.get(kind, SMALL) if registry.is_model(name))
+
+
+def sized_of(run: CompareRun) -> tuple[str, ...]:
+    """The networks whose cost is measured: those asked for, of boxes and masks those that are trained, else SIZED."""
+    if run.cost_models:
+        return run.cost_models
+    dense = bool(run.data) and kinds_of(run.data)[0] in DENSE
+    return models_of(run) if dense else SIZED
 
 
 def batch_of(run: CompareRun) -> int:
@@ -193,7 +204,7 @@ def _train(
         model=name,
         train_share=share,
         seed=seed,
-        epochs=run.epochs if run.minutes is None else None,
+        epochs=(run.epochs or EPOCHS) if run.minutes is None else None,
         batch_size=batch_of(run),
         classes=run.classes,
         ignore=run.ignore,
@@ -250,7 +261,7 @@ def _speed(run: CompareRun, name: str) -> float:
 def _prices(run: CompareRun, folder: Path, say: Callable[[str], None]) -> Iterator[Price]:
     """Every network at every size, from the file where it is done."""
     kept = {(price.model, price.size): price for price in _read(folder / "prices.jsonl", Price)}
-    for name in run.cost_models or SIZED:
+    for name in sized_of(run):
         for size in run.sizes:
             if (name, size) not in kept:
                 say(f"cost of {name} at {size} pixels")
