@@ -497,7 +497,7 @@ class ServeRun:
     """Answer over HTTP what is in pictures, and show why on a page."""
 
     models: tuple[str, ...]
-    """Model folders or run folders; NAME=FOLDER gives one a name."""
+    """Model folders, run folders or names of models that ship; NAME=FOLDER gives one a name."""
 
     # where
     host: str = "127.0.0.1"

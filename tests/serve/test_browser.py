@@ -147,12 +147,16 @@ def test_boxes_and_masks_are_drawn_beside_classes(
 ) -> None:
     for name in ("quick_detr_nano", "setr_naive_nano"):
         torch.manual_seed(0)
-        vitrail.create_model(name, num_classes=3, img_size=(64, 64)).save_pretrained(tmp_path / name)
+        model = vitrail.create_model(name, num_classes=3, img_size=(64, 64))
+        if name == "quick_detr_nano":
+            torch.nn.init.constant_(model.head.linear.bias, 0.3)  # sure enough of its boxes to tell them
+        model.save_pretrained(tmp_path / name)
     dense = [str(tmp_path / name) for name in ("setr_naive_nano", "quick_detr_nano")]
     with running(dense[0], str(folders[0]), dense[1]) as service:
         page = Page(browser, service)
         page.show(picture(3, (64, 80)))
-        assert "sees mostly" in page.text("#verdict") and not page.page.locator("#explain").is_visible()
+        assert "sees mostly" in page.text("#verdict") and not page.page.locator("#story").is_visible()
+        assert page.text("#what") == "region of" and "for class" in page.text("#reasons h3")
         assert page.painted("figure.found canvas") > 4
         assert page.page.locator("#answers .chip:visible").count() == page.page.locator("#answers li").count()
         page.page.select_option("#beside", "first")
@@ -161,8 +165,10 @@ def test_boxes_and_masks_are_drawn_beside_classes(
         assert "agree" not in page.text("#verdict")
         page.page.select_option("#model", "quick_detr_nano")
         page.page.wait_for_selector("#answers h3:has-text('quick_detr_nano')")
-        assert "finds" in page.text("#verdict")
+        page.page.wait_for_selector("#reasons h3:has-text('for the box of class')")
         page.shown()
+        assert "finds" in page.text("#verdict") and page.text("#what") == "box"
+        assert page.page.locator("#reasons figure").count() == 2
         with page.page.expect_download() as download:
             page.page.click("figure.found .save")
         assert download.value.suggested_filename == "quick_detr_nano-found-1.png"

@@ -15,6 +15,7 @@ from PIL import Image
 
 import vitrail
 from tests.serve.service import Running, picture, running
+from vitrail.explain.explainer import explain
 from vitrail.predict import Predictor
 
 
@@ -42,13 +43,24 @@ def test_dense_answers_are_the_offline_ones(dense: tuple[Running, Path], name: s
         assert np.array_equal(numbers, offline.mask.numpy())
 
 
-def test_dense_models_say_what_they_are_and_are_not_explained(dense: tuple[Running, Path]) -> None:
+def test_a_region_is_explained_and_no_story_is_told_of_it(dense: tuple[Running, Path]) -> None:
+    service, place = dense
+    data = picture(1, (70, 90), "PNG")
+    found = service.ask("POST", "/explain?model=setr_naive_nano&method=gradcam", data).json
+    offline = explain(place / "setr_naive_nano", data, method="gradcam")
+    assert (found["label"], found["method"]) == (offline.label, "gradcam")
+    numbers = np.frombuffer(base64.b64decode(found["map"]["float32"]), "<f4")
+    assert np.allclose(numbers, np.asarray(offline.values).ravel(), atol=1e-5)
+    answer = service.ask("POST", "/story?model=setr_naive_nano", data)
+    assert (answer.status, answer.json["code"]) == (422, "cannot_explain")
+    assert service.ask("POST", "/explain?model=quick_detr_nano&box=0&method=gradcam", data).json["box"]
+
+
+def test_dense_models_say_what_they_are(dense: tuple[Running, Path]) -> None:
     service, _ = dense
     tasks = {model["name"]: model for model in service.ask("GET", "/models").json["models"]}
     assert tasks["quick_detr_nano"]["task"] == "object-detection"
-    assert tasks["setr_naive_nano"]["explain"]["methods"] == []
-    answer = service.ask("POST", "/explain?model=setr_naive_nano", picture())
-    assert (answer.status, answer.json["code"]) == (422, "cannot_explain")
+    assert len(tasks["setr_naive_nano"]["colours"]) == 3 and not tasks["setr_naive_nano"]["explain"]["story"]
     told = service.ask("GET", "/v2/models/quick_detr_nano").json
     assert [entry["name"] for entry in told["outputs"]] == ["records"]
     asked = {

@@ -26,7 +26,6 @@ from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer, Explanation
 from vitrail.explain.explorer import layers
-from vitrail.explain.methods import default_method, methods_for
 from vitrail.explain.overlay import Pixels
 from vitrail.explain.page import page_data
 from vitrail.explain.poster import shortened
@@ -127,12 +126,10 @@ class Served:
         Preprocess(self.card.preprocessing)
         self.warmth = self._warmed(batch_size, exact)
         network: Any = getattr(self.predictor.engine, "network", None)
-        self._explainer: Explainer | None = None
-        if network is None and self.classifies:  # an exported model computes, its own network explains
-            self._explainer = Explainer(self.copy)
-            network = self._explainer.network
-        self.methods: tuple[str, ...] = methods_for(network) if self.classifies else ()
-        self.default_method = default_method(network) if self.methods else ""
+        # Where something else computes, the model's own network explains.
+        self._explainer = Explainer(self.copy) if network is None else None
+        asked = self._explainer or Explainer(network)
+        self.methods, self.default_method = asked.methods, asked.default
         self._lock = threading.Lock()
 
     @property
@@ -207,7 +204,11 @@ class Served:
             "input": {"channels": channels, "rows": rows, "columns": columns},
             "scores": dict(self.card.scores),
             "licence": self.card.licence,
-            "explain": {"methods": list(self.methods), "default": self.default_method},
+            "explain": {
+                "methods": list(self.methods),
+                "default": self.default_method,
+                "story": self.classifies,
+            },
             "engine": self.predictor.engine.name,
             "precision": self.predictor.engine.precision,
             "batch_sizes": list(self.warmth.sizes),
@@ -273,8 +274,6 @@ class Served:
 
     def explainer(self) -> Explainer:
         """The model once more, in float32, for explanations: made at the first call, from this version's weights."""
-        if not self.classifies:
-            raise UnsupportedError(f"{self.name} finds boxes or masks, which are not explained.")
         with self._lock:
             if self._explainer is None:
                 self._explainer = Explainer(self.copy)
@@ -285,7 +284,12 @@ class Served:
         return explained(self._explain(seen, wish))
 
     def story(self, seen: Seen, top_k: int) -> dict[str, Any]:
-        """What the page tells of one picture: every step, the attention of every layer and head."""
+        """What the page tells of one picture: every step, the attention of every layer and head.
+
+        Raises UnsupportedError where there is no class at the end.
+        """
+        if not self.classifies:
+            raise UnsupportedError(f"{self.name} finds boxes or masks, of which no story is told.")
         explainer = self.explainer()
         follow = trace(
             explainer.network,
@@ -367,7 +371,7 @@ class Wish:
     """Class by name or number; the predicted one by default."""
     score: bool = False
     options: dict[str, Any] = field(default_factory=dict)
-    """layer, head, token, steps: what the method takes."""
+    """layer, head, token, steps: what the method takes; box, of a detector, counted from the surest."""
 
 
 def explained(found: Explanation) -> dict[str, Any]:

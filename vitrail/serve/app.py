@@ -340,7 +340,7 @@ def flag(query: Mapping[str, str], name: str) -> bool:
 def options(query: Mapping[str, str]) -> dict[str, Any]:
     """The options of a method that the query names."""
     found: dict[str, Any] = {}
-    for name, low, high in (("layer", -1000, 1000), ("head", 0, 1000), ("steps", 1, 128)):
+    for name, low, high in (("layer", -1000, 1000), ("head", 0, 1000), ("steps", 1, 128), ("box", 0, 1000)):
         if name in query:
             found[name] = number(query, name, 0, low, high)
     token = word(query, "token")

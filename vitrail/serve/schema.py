@@ -158,6 +158,7 @@ EXPLAIN = _route(
         _query("layer", "Layer of attention or gradcam.", type="integer", minimum=-1000, maximum=1000),
         _query("head", "Head of attention.", type="integer", minimum=0, maximum=1000),
         _query("steps", "Steps of integrated gradients.", type="integer", minimum=1, maximum=128),
+        _query("box", "Box of a detector, counted from the surest.", type="integer", minimum=0, maximum=1000),
         _query("token", "Token whose attention is shown.", type="string", maxLength=200),
         DEADLINE,
     ],

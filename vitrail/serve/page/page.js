@@ -8,7 +8,11 @@ const state = { file: null, models: [], stop: null, token: sessionStorage.getIte
 const story = new Story(), attention = new Attention();
 const chosen = () => [$("model").value, $("beside").value].filter(Boolean);
 const about = (name) => state.models.find((model) => model.name === name);
-const explained = () => state.explains ? chosen().filter((name, at, all) => about(name).explain.methods.length && all.indexOf(name) === at) : [];
+const unique = (names) => names.filter((name, at) => names.indexOf(name) === at);
+const explainers = (found) => !state.explains ? [] : unique(found.filter(({ model, results: [record] }) =>
+  about(model).explain.methods.length && (!record.detections || record.detections.length)).map(({ model }) => model));
+
+const storytellers = () => state.explains ? unique(chosen()).filter((name) => about(name).explain.story) : [];
 
 class Refused extends Error {}
 
@@ -65,12 +69,12 @@ async function answer() {
     const found = await Promise.all(chosen().map((model) => call("predict", { model, top_k: 5, mask: about(model).task === "image-segmentation" ? true : "" }, state.file, signal)));
     showAnswers(found);
     say("");
-    const told = found.filter((answer) => explained().includes(answer.model));
-    $("explain").hidden = $("story").hidden = $("attention").hidden = !told.length;
-    if (told.length) {
-      showChoices(told);
-      await Promise.all([explain(signal), tell(signal)]);
-    }
+    state.found = found;
+    const reasons = explainers(found), stories = storytellers();
+    $("explain").hidden = !reasons.length;
+    $("story").hidden = $("attention").hidden = !stories.length;
+    if (reasons.length) showChoices(found.find((answer) => answer.model === reasons[0]));
+    await Promise.all([reasons.length && explain(signal), stories.length && tell(signal)]);
     document.documentElement.dataset.shown = "yes";
   } catch (error) { trouble(error); }
 }
@@ -121,18 +125,28 @@ function verdict(record) {
   return record.classes ? `sees mostly ${first.label}, ${percent(first.score)} of the picture` : `says ${first.label}, ${percent(first.score)}`;
 }
 
-function showChoices(found) {
-  const model = about(found[0].model), methods = model.explain.methods, method = $("method").value, label = $("class").value;
+function showChoices({ model: name, results: [record] }) {
+  const model = about(name), { methods } = model.explain, method = $("method").value, kept = $("class").value;
   $("method").replaceChildren(...methods.map((name) => new Option(name.replaceAll("_", " "), name)));
   $("method").value = methods.includes(method) ? method : model.explain.default;
-  const top = found[0].results[0].predictions, shown = new Set(top.map((guess) => guess.index));
-  const rest = model.labels.map((name, index) => [name, index]).filter(([, index]) => !shown.has(index));
-  $("class").replaceChildren(...top.map((guess) => new Option(`${guess.label} (${percent(guess.score)})`, guess.index)),
+  $("what").textContent = record.detections ? "box" : record.classes ? "region of" : "class";
+  const seen = record.predictions ?? record.classes?.map(({ share, ...rest }) => ({ score: share, ...rest })) ?? [];
+  const numbers = new Set(seen.map((guess) => guess.index)), rest = record.predictions ? model.labels.map((name, index) => [name, index]).filter(([, index]) => !numbers.has(index)) : [];
+  $("class").replaceChildren(
+    ...(record.detections ?? []).map((box, at) => new Option(`${at + 1}: ${box.category} (${percent(box.score)})`, at)),
+    ...seen.map((guess) => new Option(`${guess.label} (${percent(guess.score)})`, guess.index)),
     ...rest.map(([name, index]) => new Option(name, index)));
-  if (state.classOf === state.file && [...$("class").options].some((option) => option.value === label)) $("class").value = label;
+  if (state.classOf === state.file && [...$("class").options].some((option) => option.value === kept)) $("class").value = kept;
   state.classOf = state.file;
-  const precision = model.precision;
+  const { precision } = model;
   $("precision").textContent = precision === "fp32" ? "" : `Reasons and the story are computed in fp32, the answer above in ${precision}: shares may differ in their last digits.`;
+}
+
+function subject(name, first) {  // what of the picture a model is asked about
+  const record = state.found.find((answer) => answer.model === name).results[0], value = $("class").value;
+  if (name === first) return record.detections ? { box: value } : { class: value };
+  const label = about(first).labels[value], known = about(name).labels.includes(label);
+  return !state.found.find((answer) => answer.model === first).results[0].detections && known && (record.predictions || record.classes?.some((one) => one.label === label)) ? { class: label } : {};
 }
 
 async function explain(signal, score = false) {
@@ -141,11 +155,9 @@ async function explain(signal, score = false) {
   $("measure").disabled = true;
   if (score) say("Measuring: the picture is asked about some hundred times…");
   try {
-    const [first, ...others] = explained(), label = $("class").value, name = about(first).labels[label], method = $("method").value;
-    const found = await Promise.allSettled([first, ...others].map((model, at) => call("explain", {
-      model, score,
-      method: about(model).explain.methods.includes(method) ? method : "auto",
-      class: at ? (about(model).labels.includes(name) ? name : "") : label }, state.file, signal)));
+    const names = explainers(state.found), method = $("method").value;
+    const found = await Promise.allSettled(names.map((model) => call("explain", {
+      model, score, method: about(model).explain.methods.includes(method) ? method : "auto", ...subject(model, names[0]) }, state.file, signal)));
     if (found[0].status === "rejected") throw found[0].reason;
     place.replaceChildren(...found.filter((one) => one.status === "fulfilled").map((one) => reason(one.value)));
     if (score) say("");
@@ -156,7 +168,7 @@ async function explain(signal, score = false) {
 
 function reason(found) {
   const url = `data:image/png;base64,${found.overlay}`;
-  const what = found.class_specific ? `${found.method.replaceAll("_", " ")} for ${found.label}` : `${found.method.replaceAll("_", " ")} (knows no classes)`;
+  const what = found.class_specific ? `${found.method.replaceAll("_", " ")} for ${found.box ? `the box of ${found.label}` : found.label}` : `${found.method.replaceAll("_", " ")} (knows no classes)`;
   const image = element("img", { src: url, alt: `Map over the picture: ${what}` });
   image.onload = () => image.classList.toggle("coarse", image.naturalWidth < 100);
   const save = element("button", { type: "button", className: "save", textContent: "Save picture" });
@@ -180,7 +192,7 @@ function reason(found) {
 function blobOf(text) { return new Blob([Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0))], { type: "image/png" }); }
 
 async function tell(signal) {
-  const names = explained(), whose = names.includes($("whose").value) ? $("whose").value : names[0];
+  const names = storytellers(), whose = names.includes($("whose").value) ? $("whose").value : names[0];
   $("whose").replaceChildren(...names.map((name) => new Option(name, name)));
   $("whose").value = whose;
   $("whose-label").hidden = names.length < 2;
