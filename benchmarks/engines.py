@@ -98,19 +98,20 @@ def peers(name: str, size: tuple[int, int], modes: list[str], batch: int) -> dic
     found: dict[str, Call] = {}
     if not timm.is_model(name):
         return found
-    bf16 = has_bfloat16(torch.device("cpu"))
+    precisions = ("fp32", "bf16") if has_bfloat16(torch.device("cpu")) else ("fp32",)
+    network: Any = timm.create_model(name).eval()
     for mode in modes:
-        for precision in ("fp32", "bf16") if bf16 else ("fp32",):
-            network: Any = timm.create_model(name).eval()
+        for precision in precisions:
+            subject = network
             if mode == "compiled":
-                network = torch.compile(network, dynamic=False, options={"freezing": True})
-            found[f"timm {mode} {precision}"] = calling(network, precision)
+                subject = torch.compile(network, dynamic=False, options={"freezing": True})
+            found[f"timm {mode} {precision}"] = calling(subject, precision)
     if batch == 1 and name.startswith(("vit_", "deit_")):
         from vitrail.jobs.bench import _transformers_twin
         from vitrail.models import registry
 
         twin = _transformers_twin(registry.variant(name, img_size=size)).eval()
-        for precision in ("fp32", "bf16") if bf16 else ("fp32",):
+        for precision in precisions:
             found[f"transformers {precision}"] = calling(twin, precision)
     return found
 

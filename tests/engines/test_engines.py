@@ -205,3 +205,24 @@ def test_compiling_that_fails_falls_back_to_the_plain_network(
     engine = TorchEngine(model, precision="fp32", compile=True)
     assert same(engine, model) and engine.name == "torch"
     assert "no compiler here" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("gap", "moved", "passes"),
+    [(0.005, 0.01, True), (0.11, 0.12, False), (0.9, 0.06, False)],
+    ids=["a tie that rounding decides", "another class", "logits far away"],
+)
+def test_in_bf16_an_engine_may_differ_within_rounding(
+    model: Path, gap: float, moved: float, passes: bool
+) -> None:
+    class Fixed:
+        precision = "bf16"
+
+        def __init__(self, second: float) -> None:
+            self.second = second
+
+        def __call__(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.tensor([1.0, self.second, 0.0]).repeat(len(images), 1)
+
+    found = choose.check(Fixed(1 - gap), Fixed(1 - gap + moved), Shelf(model))
+    assert found.passed is passes, found.failures

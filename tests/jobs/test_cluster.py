@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -123,6 +122,7 @@ def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_ki
     psutil = pytest.importorskip("psutil")
     folder, out = tmp_path / "pictures", tmp_path / "out.parquet"
     folder.mkdir()
+    marked = {**os.environ, "VITRAIL_TEST_JOB": str(out)}
     with zipfile.ZipFile(data_dir / "cifar10" / "test.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[:5000]
         for name in names:
@@ -131,7 +131,18 @@ def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_ki
     def start() -> Any:
         command = [sys.executable, "-m", "vitrail", "predict", str(model), str(folder), "--cluster"]
         command += ["--output", str(out), "--workers", "2"]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        return subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=marked
+        )
+
+    def family() -> list[Any]:
+        """The processes of the job: Ray's leave their parents, but not what they inherited."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get("VITRAIL_TEST_JOB") == str(out):
+                    found.append(process)
+        return found
 
     def told() -> list[str]:
         found: list[str] = []
@@ -140,27 +151,32 @@ def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_ki
                 found += parquet.read_table(file, columns=["source"])[0].to_pylist()
         return found
 
+    def end() -> None:
+        for process in family():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        job.wait()
+
     def wait(count: int) -> None:
         deadline = time.monotonic() + 300
-        while len(told()) < count:
-            assert job.poll() is None and time.monotonic() < deadline, job.stderr.read()
+        while len(told()) < count and job.poll() is None and time.monotonic() < deadline:
             time.sleep(0.2)
+        assert len(told()) >= count, f"exit {job.poll()}, {len(told())} pictures told"
 
     job = start()
-    wait(1)
-    workers = [
-        child for child in psutil.Process(job.pid).children(recursive=True)
-        if child.name().startswith("ray::") and "Worker" in " ".join(child.cmdline())
-    ]  # fmt: skip
-    assert workers, "no worker to kill"
-    workers[0].send_signal(signal.SIGKILL)
-    wait(1500)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    before = len(told())
-    assert 1500 <= before < 5000 and len(set(told())) == before
-    job = start()
-    _, said = job.communicate(timeout=600)
-    assert job.returncode == 0, said
-    assert "5000 images" in said and len(told()) == 5000
-    assert set(told()) == {str(path) for path in folder.iterdir()}
+    try:
+        wait(1)
+        workers = [one for one in family() if "MapWorker" in " ".join(one.cmdline())]
+        assert len(workers) == 2, [one.cmdline() for one in family()]
+        workers[0].kill()
+        wait(1500)
+        end()
+        before = len(told())
+        assert 1500 <= before < 5000 and len(set(told())) == before
+        job = start()
+        _, said = job.communicate(timeout=600)
+        assert job.returncode == 0, said
+        assert "5000 images" in said and len(told()) == 5000
+        assert set(told()) == {str(path) for path in folder.iterdir()}
+    finally:
+        end()
