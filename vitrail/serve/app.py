@@ -202,12 +202,18 @@ class Desk:
         most = self.house.run.body_megabytes * 2**20
         found: list[tuple[str, bytes]] = []
         held = 0
-        for url in urls:  # one after the other, and all together no larger than one body
-            picture = await fetcher.fetch(
-                url, most - held, lambda size, held=held: ticket.resize(len(urls), held + size)
-            )
-            held += len(picture)
-            found.append((body.plain_name(url), picture))
+
+        def grown(size: int) -> None:
+            ticket.resize(len(urls), held + size)
+
+        try:
+            async with asyncio.timeout(settings.FETCH_SECONDS):
+                for url in urls:  # one after the other, and all together no larger than one body
+                    picture = await fetcher.fetch(url, most - held, grown)
+                    held += len(picture)
+                    found.append((body.plain_name(url), picture))
+        except TimeoutError:
+            raise Refusal("not_fetched") from None
         return found
 
     async def look(self, version: Version, pictures: list[tuple[str, bytes]], deadline: float) -> list[Any]:

@@ -14,7 +14,7 @@ import re
 import socket
 import ssl
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vitrail.errors import ConfigError
 from vitrail.serve import settings
@@ -87,10 +87,10 @@ class Fetcher:
     async def _get(self, target: Target, address: str, most: int, grown: Callable[[int], None]) -> bytes:
         if target.secure and self.tls is None:
             self.tls = await asyncio.to_thread(ssl.create_default_context)
+        safe: dict[str, Any] = {"ssl": self.tls, "server_hostname": target.host.strip("[]")}
         reader, writer = await asyncio.open_connection(
-            address, target.port, limit=settings.MOST_HEAD,
-            **({"ssl": self.tls, "server_hostname": target.host.strip("[]")} if target.secure else {}),
-        )  # fmt: skip
+            address, target.port, limit=settings.MOST_HEAD, **(safe if target.secure else {})
+        )
         try:
             # HTTP/1.0 has neither chunks nor connections that stay open.
             host = target.host if target.port in PORTS.values() else target.place

@@ -60,4 +60,4 @@ MOST_URLS = 16
 """URLs of one request."""
 
 FETCH_SECONDS = 10.0
-"""Time for one URL, from its look-up to its last byte."""
+"""Time for the URLs of one request, from the first look-up to the last byte."""
