@@ -166,7 +166,7 @@ def _explicit(steps: list[Any]) -> Any:
 
 
 def pooling(entry: Any, arguments: Any, output: Any) -> tuple[Tensor, int]:
-    """[P' + n', P + n]: each new cell as the even mean of the old cells in its window; prefix as it is."""
+    """[P' + n', P + n]: each new cell shared out to the old cells in its window; prefix as it is."""
     before, after = arguments[0].shape[2:], output[0].shape[2:]
     old = 0 if arguments[1] is None else arguments[1].shape[1]
     new = 0 if output[1] is None else output[1].shape[1]
@@ -174,17 +174,25 @@ def pooling(entry: Any, arguments: Any, output: Any) -> tuple[Tensor, int]:
     matrix = torch.zeros(new + after[0] * after[1], old + before[0] * before[1], dtype=torch.float64)
     for token in range(old):
         matrix[token, token] = 1
+    down = [line(row, after[0], before[0], kernel, stride, padding) for row in range(after[0])]
+    across = [line(column, after[1], before[1], kernel, stride, padding) for column in range(after[1])]
     for row in range(after[0]):
         for column in range(after[1]):
-            seen = [
-                old + y * before[1] + x
-                for y in range(row * stride - padding, row * stride - padding + kernel)
-                for x in range(column * stride - padding, column * stride - padding + kernel)
-                if 0 <= y < before[0] and 0 <= x < before[1]
-            ]
-            for cell in seen:
-                matrix[new + row * after[1] + column, cell] = 1 / len(seen)
+            for y, share in down[row].items():
+                for x, other in across[column].items():
+                    matrix[new + row * after[1] + column, old + y * before[1] + x] = share * other
     return matrix, new
+
+
+def line(cell: int, after: int, before: int, kernel: int, stride: int, padding: int) -> dict[int, float]:
+    """What one window of a row of them gives each old cell: less where more windows cover it; one at most."""
+    covers = [
+        [at for at in range(i * stride - padding, i * stride - padding + kernel) if 0 <= at < before]
+        for i in range(after)
+    ]
+    given = {at: 1 / sum(at in other for other in covers) / min(kernel, stride) for at in covers[cell]}
+    most = max(1.0, sum(given.values()))
+    return {at: share / most for at, share in given.items()}
 
 
 def window(entry: Any, channels: int) -> tuple[int, int, int]:

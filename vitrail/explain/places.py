@@ -43,6 +43,16 @@ class Reach(NamedTuple):
         covered = ((old >= first) & (old < first + self.kernel)).float()
         return covered / covered.sum(dim=1, keepdim=True).clamp_min(1)
 
+    def shares(self, before: int) -> Float[Tensor, "a b"]:
+        """How each new cell's share is handed to the old cells; rows sum to one, or less where a window hangs over.
+
+        A cell that several windows cover gets less of each, so that an even map stays even: means over windows of
+        3 at steps of 2 would draw a lattice. What a window has in the padding before the map is lost.
+        """
+        covered = (self.matrix(before) > 0).float()
+        parts = covered / covered.sum(dim=0).clamp_min(1) / min(self.kernel, self.stride)
+        return parts / parts.sum(dim=1, keepdim=True).clamp_min(1)
+
 
 def sliding(size: int, kernel: int, stride: int, padding: int = 0) -> Reach:
     """A window that stays within the padded map, as convolutions do."""
@@ -63,7 +73,7 @@ class Axis(NamedTuple):
     scale: float
     shift: float
     matrix: Float[Tensor, "a b"]
-    """Rows that sum to one (or to zero, for cells that see nothing): what each cell is made of."""
+    """How each cell's share goes to the cells that it is made of; what is lost to padding is missing in a row's sum."""
 
 
 class Placement(NamedTuple):
@@ -177,7 +187,7 @@ def _compose(found: list[Reach], before: int, after: int) -> Axis:
         return _even(before, after)
     scale, shift, matrix, size = 1.0, 0.0, torch.eye(before), before
     for reach in found:
-        matrix = reach.matrix(size) @ matrix
+        matrix = reach.shares(size) @ matrix
         scale, shift, size = scale * reach.stride, shift + scale * reach.shift, reach.after
     return Axis(scale, shift, matrix)
 
