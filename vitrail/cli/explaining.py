@@ -51,7 +51,7 @@ def _explained(run: ExplainRun, explained: Explained) -> None:
         if not found.faithfulness:
             rows.append(cells)
     show.table(columns, rows, right=columns[2:3] + columns[4:])
-    for caution in dict.fromkeys(found.caution for found in explained.explanations if found.caution):
+    for caution in explained.cautions:
         show.say(f"note: {caution}")
     show.say("written: " + ", ".join(str(path) for path in explained.files))
 

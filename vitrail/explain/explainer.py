@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +49,10 @@ STEPS = 10
 
 CHANCES = 3
 """Random maps that a single picture's score is set beside."""
+
+
+NOTHING = {"random": "a random map", "centre": "pointing at the middle"}
+"""What the controls are called among people."""
 
 
 class Subject(NamedTuple):
@@ -128,20 +133,26 @@ class Explanation:
     @property
     def caution(self) -> str:
         """What must be said aloud beside the map; empty where there is nothing."""
+        return "; ".join(self.cautions)
+
+    @property
+    def cautions(self) -> list[str]:
+        """The same, one by one."""
         said = []
         if float(self.heat.values.max()) == float(self.heat.values.min()):
             said.append("the map is the same everywhere: the method found nothing to tell places apart by")
         if not self.class_specific:
-            said.append(
-                f"{self.method} does not know classes: it shows where the model looks, not why {self.label}"
-            )
+            said.append(f"does not know classes: it shows where the model looks, not why {self.label}")
+        beaten: dict[str, list[str]] = {}  # what knows nothing -> the fills under which it is as good
         for fill, score in self.faithfulness.items():
-            beaten = [name for name, control in self.controls[fill].items() if score.gap <= control.gap]
-            if beaten:
-                said.append(
-                    f"by deletion and insertion ({fill}) the map does no better than: {', '.join(beaten)}"
-                )
-        return "; ".join(said)
+            worse = [
+                NOTHING[name] for name, control in self.controls[fill].items() if score.gap <= control.gap
+            ]
+            if worse:
+                beaten.setdefault(" and ".join(worse), []).append(fill)
+        for worse_than, fills in beaten.items():
+            said.append(f"by deletion and insertion ({', '.join(fills)}) no better than {worse_than}")
+        return said
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the pictures."""
@@ -173,6 +184,15 @@ class Explanation:
             },
             "caution": self.caution,
         }
+
+
+def cautions(explanations: Sequence[Explanation]) -> list[str]:
+    """What must be said aloud beside several methods' maps of one picture: each thing once, with whom it concerns."""
+    said: dict[str, list[str]] = {}
+    for found in explanations:
+        for caution in found.cautions:
+            said.setdefault(caution, []).append(found.method)
+    return [f"{', '.join(methods)}: {caution}" for caution, methods in said.items()]
 
 
 class Explainer:

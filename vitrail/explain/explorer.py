@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vitrail.data.transforms import normalise
 from vitrail.explain.attention import Look, explicit
-from vitrail.explain.explainer import Explainer, Explanation
+from vitrail.explain.explainer import Explainer, Explanation, cautions
 from vitrail.explain.overlay import png, shares
 from vitrail.explain.places import covering
 from vitrail.explain.still import held_still
@@ -39,10 +39,11 @@ def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: st
         "height": first.geometry.output[0],
         "width": first.geometry.output[1],
         "maps": [_map(found) for found in explanations],
+        "shown": _shown(explainer, explanations),
         "layers": layers(explainer, first),
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-    said = [note, *(found.caution for found in explanations)]
+    said = [note, *cautions(explanations)]
     replaced = {
         "TITLE": html.escape(f"{first.source}: where {first.model} looks"),
         "SUMMARY": html.escape(_summary(first)),
@@ -59,6 +60,12 @@ def _summary(found: Explanation) -> str:
     best = found.prediction.top[0]
     said = f"{found.model} says {best.label}, {best.score:.1%}"
     return said if found.target == best.index else f"{said}; explained is {found.label}, {found.score:.1%}"
+
+
+def _shown(explainer: Explainer, explanations: Sequence[Explanation]) -> int:
+    """The map that the page opens with: the default method's where it is there."""
+    methods = [found.method for found in explanations]
+    return methods.index(explainer.default) if explainer.default in methods else 0
 
 
 def _url(found: Explanation) -> str:

@@ -21,7 +21,7 @@ from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, DataError, UnsupportedError
 from vitrail.explain.attention import mixers_of
-from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation
+from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation, cautions
 from vitrail.explain.explorer import explorer
 from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
@@ -43,6 +43,11 @@ class Explained:
     explanations: tuple[Explanation, ...]
     """One a method."""
     files: tuple[Path, ...]
+
+    @property
+    def cautions(self) -> list[str]:
+        """What must be said aloud beside the maps, with the methods that it concerns."""
+        return cautions(self.explanations)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
