@@ -64,6 +64,23 @@ def test_the_report_holds_every_number_and_needs_nothing_from_outside(tmp_path: 
     }
 
 
+def test_without_a_budget_five_epochs_are_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def stop(record: Any, reporter: Any = None) -> None:
+        asked.append(record)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compare(
+            CompareRun(
+                data=("digits",), part="accuracy", models=("vit_nano_patch4_32",), output=str(tmp_path)
+            )
+        )
+    assert asked[0].epochs == 5
+
+
 def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[tuple[str, float]] = []
 

@@ -25,8 +25,8 @@ from vitrail.jobs.data_check import data_check
 from vitrail.jobs.evaluate import evaluate
 from vitrail.jobs.predict import coco_form, predict
 from vitrail.jobs.train import TrainResult, train
-from vitrail.models import quick_detr, setr
-from vitrail.models.registry import from_pretrained
+from vitrail.models import detr, quick_detr, setr
+from vitrail.models.registry import from_config, from_pretrained
 from vitrail.runs import DataCheckRun, EvaluateRun, PredictRun, TrainRun
 from vitrail.tasks.draw_dense import draw_boxes, draw_mask
 from vitrail.train.log import Note, Progress, Record
@@ -277,6 +277,55 @@ def test_a_backbone_comes_from_a_classifiers_folder_with_a_receipt(masks: str, t
                   data=("digits",), classes=(), ignore=()))  # fmt: skip
 
 
+def config_fields(record: Any) -> dict[str, Any]:
+    """A configuration as a card keeps it."""
+    found: dict[str, Any] = config.to_dict(record)
+    return found
+
+
+def panoptic(folder: Path) -> Path:
+    """A tiny panoptic DETR that is sure of something in every picture: two things, then stuff."""
+    torch.manual_seed(0)
+    chosen = dataclasses.replace(detr.TINY, masks=True, things=2, num_classes=3)
+    model: Any = from_config("detr_resnet50_panoptic", chosen).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.head.linear.weight.mul_(40)
+        model.head.linear.bias[-1] = -50.0
+    card = dataclasses.replace(
+        model.card, labels=("red", "blue", "ground"), config=config_fields(chosen),
+        preprocessing=dataclasses.replace(model.card.preprocessing, input_size=(64, 64)),
+    )  # fmt: skip
+    model.card = card
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_panoptic_networks_segments_are_told_and_drawn(boxes: str, tmp_path: Path) -> None:
+    folder, place = panoptic(tmp_path / "model"), tmp_path / "pictures"
+    place.mkdir()
+    for number, size in enumerate(((48, 48), (30, 60))):  # of two shapes: one batch, padded
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            place / f"{number}.png"
+        )
+    run = PredictRun(model=str(folder), images=(str(place),), draw=str(tmp_path / "drawn"), device="cpu")
+    both = list(predict(run))
+    (alone,) = predict(config.replace(run, images=(str(place / "1.png"),)))
+    for record, size in zip(both, ((48, 48), (30, 60)), strict=True):
+        told = record.to_dict()
+        assert told["segments_info"] and record.segments.map.shape == size
+        assert sum(segment["area"] for segment in told["segments_info"]) == size[0] * size[1]
+        assert all(segment["isthing"] == (segment["category_id"] < 2) for segment in told["segments_info"])
+        name = Path(record.source).stem
+        numbers = np.asarray(Image.open(tmp_path / "drawn" / f"{name}-mask.png"))
+        assert numbers.shape == size and set(np.unique(numbers)) == {s["id"] for s in told["segments_info"]}
+        assert (tmp_path / "drawn" / f"{name}-segments.png").exists()
+    assert [s.label for s in alone.segments.segments] == [s.label for s in both[1].segments.segments]
+    with pytest.raises(UserError, match="reads no panoptic annotations yet: train detr_resnet50 on boxes"):
+        go(of_boxes(boxes, tmp_path / "run", model="detr_resnet50_panoptic"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -291,6 +340,7 @@ def test_a_backbone_comes_from_a_classifiers_folder_with_a_receipt(masks: str, t
         ({"crop": "pad"}, "crop: made for classes"),
         ({"scale": (0.01, 1.0)}, "scale of boxes and masks"),
         ({"teacher": "somewhere"}, "teacher: made for classes"),
+        ({"balance": -1.0}, "balance must be 0 or more"),
         (
             {"model": None, "data": ("digits",), "classes": ("a",), "ignore": ()},
             "classes is for boxes and masks",

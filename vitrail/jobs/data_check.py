@@ -256,7 +256,7 @@ def _judged(
 def _spread(sides: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[int]]:
     if not len(sides):
         return {}
-    order = sides[np.argsort(sides.prod(axis=1), kind="stable")]
+    order = np.sort(sides, axis=0)  # each side by itself: the smallest height may be another picture's
     return {
         "smallest": order[0].tolist(),
         "middle": order[len(order) // 2].tolist(),

@@ -59,6 +59,8 @@ def score(
     splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero)
     source, split, more = choose_split(splits)
     notes += [note for note in [*splits.notes, *more] if note not in notes]
+    if engine.card.config.get("masks"):
+        notes.append("the boxes of this panoptic network are scored; its segments are not")
     source, more = in_models_order(source, engine)
     notes += more
     labels = source.classes
