@@ -102,6 +102,8 @@ def test_a_region_is_the_pixels_of_the_class_and_its_cause_is_found() -> None:
     found = explainer(pixels, 1, "occlusion")
     values = found.on_picture()
     assert float(values[16:32, 32:48].mean()) > 10 * abs(float(values[40:, :24].mean())) + 0.01
+    line = (found.overlay() == 255).all(axis=2)  # white, round what is asked about
+    assert line[14:34, 30:50].any() and not line[18:30, 34:46].any() and not line[40:].any()
     with pytest.raises(ConfigError, match="No pixel is called"):
         explainer(pixels, 2, "occlusion")
 

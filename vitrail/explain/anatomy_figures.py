@@ -118,6 +118,7 @@ def _distance(found: Anatomy) -> Figure | None:
     )
     _named(axes, numbers)
     axes.set_ylabel("mean attention distance, pixels")
+    axes.margins(y=0.08)
     axes.set_ylim(bottom=0)
     return figure
 
@@ -220,6 +221,8 @@ def _norms(found: Anatomy) -> Figure | None:
     axes.text(len(numbers) - 1, last.largest, " longest", color=ORANGE, va="center")
     axes.text(len(numbers) - 1, last.median, " median", color=BLUE, va="center")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.margins(x=0.08)
     axes.set_ylabel("norm")
     _named(axes, numbers)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from vitrail.data.image import decode
@@ -32,7 +32,8 @@ from vitrail.explain.methods import (
     methods_for,
 )
 from vitrail.explain.occlusion import finest_stride, region_grid
-from vitrail.explain.overlay import Pixels, on_picture, outlined, overlay
+from vitrail.explain.overlay import Pixels, contoured, on_picture, outlined, overlay
+from vitrail.explain.places import PIXELS
 from vitrail.explain.questions import Asked, box_question, region_question
 from vitrail.explain.still import held_still
 from vitrail.tasks.choose import choose as choose_task
@@ -62,6 +63,7 @@ class Subject(NamedTuple):
     score: float
     prediction: Prediction
     outline: tuple[float, float, float, float] | None = None
+    region: Bool[Tensor, "I J"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,8 @@ class Explanation:
     """The same for maps that know nothing: by fill, then random and centre."""
     outline: tuple[float, float, float, float] | None = None
     """The box that is explained, x1, y1, x2, y2 in shares of what the network saw; None where none is."""
+    region: Bool[Tensor, "I J"] | None = None
+    """The pixels of what the network saw that are explained; None where none are."""
 
     @property
     def values(self) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -104,8 +108,11 @@ class Explanation:
         return on_picture(self.shown, self.geometry)
 
     def overlay(self) -> Pixels:
-        """The map over the picture, uint8 [H, W, 3] at the picture's size, with the box that is explained."""
+        """The map over the picture, uint8 [H, W, 3] at its size, with an outline of the box or region explained."""
         drawn = overlay(self.picture, self.on_picture())
+        if self.region is not None:
+            asked = Heat(values=self.region[None].float().cpu(), placement=PIXELS, units="")
+            return contoured(drawn, on_picture(asked, self.geometry, smooth=False) > 0)
         return drawn if self.corners is None else outlined(drawn, self.corners)
 
     @property
@@ -167,6 +174,7 @@ class Explanation:
             "score": self.score,
             "predicted": self.prediction.label,
             "box": None if self.corners is None else [round(corner, 2) for corner in self.corners],
+            "region": None if self.region is None else round(float(self.region.float().mean()), 6),
             "units": self.heat.units,
             "where": self.heat.where,
             "elsewhere": None if elsewhere is None else round(float(elsewhere[0]), 6),
@@ -321,6 +329,7 @@ class Explainer:
             faithfulness=faithfulness,
             controls=controls,
             outline=subject.outline,
+            region=subject.region,
         )
 
     def _subject(self, images: Tensor, target: str | int | None, box: int | None, name: str) -> Subject:
@@ -343,17 +352,17 @@ class Explainer:
         """The question about a detector's box or a segmenter's region, and the answer to it."""
         with held_still(asked), torch.no_grad():
             output = asked.network(images)
-        outline = None
+        outline, region = None, None
         if isinstance(asked.task, Detect):
             number, outline = box_question(asked, output, wanted, box or 0, self.labels)
             wanted = number
         elif box is not None:
             raise ConfigError("box goes with detectors; this model gives every pixel a class. Leave it out.")
         else:
-            wanted = region_question(asked, output, wanted, self.labels)
+            wanted, region = region_question(asked, output, wanted, self.labels)
         answer = asked.answer(output)[:, : len(self.labels)]
         rest = self._answered(answer, wanted, name)
-        return rest._replace(score=float(answer[0].exp()[wanted]), outline=outline)
+        return rest._replace(score=float(answer[0].exp()[wanted]), outline=outline, region=region)
 
     def _scores(
         self, images: Tensor, heat: Heat, target: int, seed: int

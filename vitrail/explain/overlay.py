@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from vitrail.data.transforms import Geometry
@@ -68,6 +69,19 @@ def outlined(pixels: Pixels, corners: tuple[float, float, float, float]) -> Pixe
     for inset, colour, thick in ((-width, "black", 3 * width), (0, "white", width)):
         draw.rectangle((x1 + inset, y1 + inset, x2 - inset, y2 - inset), outline=colour, width=thick)
     return np.asarray(picture)
+
+
+def contoured(pixels: Pixels, inside: Bool[Tensor, "H W"]) -> Pixels:
+    """The picture with a line round a region, white within and dark without, seen on any ground."""
+    width = max(1, round(min(inside.shape) / 240))
+    shape = inside.float()[None, None]
+    grown, shrunk = (
+        sign * F.max_pool2d(sign * shape, 2 * width + 1, stride=1, padding=width) for sign in (1, -1)
+    )
+    drawn = pixels.copy()
+    drawn[((grown > 0) & ~inside)[0, 0].numpy()] = 0
+    drawn[(inside & (shrunk < 1))[0, 0].numpy()] = 255
+    return drawn
 
 
 def png(pixels: Pixels) -> bytes:

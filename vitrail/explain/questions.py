@@ -121,8 +121,10 @@ def box_question(
     return int(classes[number]), (x1, y1, x2, y2)
 
 
-def region_question(asked: Asked, output: MaskOutput, wanted: int | None, labels: Sequence[str]) -> int:
-    """Ask about the pixels that a segmenter gave a class (by default the one with most pixels); its number.
+def region_question(
+    asked: Asked, output: MaskOutput, wanted: int | None, labels: Sequence[str]
+) -> tuple[int, Bool[Tensor, "I J"]]:
+    """Ask about the pixels that a segmenter gave a class (by default the one with most pixels); its number, and they.
 
     Raises ConfigError where no pixel has the wanted class, with those that occur.
     """
@@ -132,8 +134,9 @@ def region_question(asked: Asked, output: MaskOutput, wanted: int | None, labels
     if not counts[number]:
         there = ", ".join(label for label, count in zip(labels, counts.tolist(), strict=False) if count)
         raise ConfigError(f"No pixel is called {labels[number]} here; there are: {there}.")
-    asked.question = RegionQuestion(mask == number)
-    return number
+    region = mask == number
+    asked.question = RegionQuestion(region)
+    return number, region
 
 
 def reader_of(asked: Asked) -> QueryAttention | None:
