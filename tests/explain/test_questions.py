@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from vitrail.errors import ConfigError, UnsupportedError
+from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer
+from vitrail.explain.explorer import explorable, layers
 from vitrail.explain.questions import Asked, BoxQuestion
 from vitrail.models import registry
 
@@ -106,6 +108,15 @@ def test_a_region_is_the_pixels_of_the_class_and_its_cause_is_found() -> None:
     assert line[14:34, 30:50].any() and not line[18:30, 34:46].any() and not line[40:].any()
     with pytest.raises(ConfigError, match="No pixel is called"):
         explainer(pixels, 2, "occlusion")
+
+
+def test_the_page_is_for_attention_between_places_of_the_picture() -> None:
+    """A segmenter's backbone has it; in DETR queries look at a map, and have no place themselves."""
+    explainer = Explainer(tiny("setr"))
+    assert explorable(explainer.network)
+    found = explainer(picture(), method="gradcam")
+    assert len(layers(explainer, found)) == len(mixers_of(explainer.network))
+    assert not explorable(Explainer(tiny("detr")).network)
 
 
 def test_what_is_not_there_is_refused_with_what_is() -> None:

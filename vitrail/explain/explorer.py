@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.data.transforms import normalise
-from vitrail.explain.attention import Look, explicit
+from vitrail.explain.attention import Look, blocks_of, explicit, mixers_of
 from vitrail.explain.explainer import Explainer, Explanation, cautions
 from vitrail.explain.overlay import png, shares
 from vitrail.explain.places import covering
+from vitrail.explain.questions import Asked
 from vitrail.explain.still import held_still
 from vitrail.nn.entry import PrefixTokens
 
@@ -54,6 +55,13 @@ def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: st
     for name, value in replaced.items():
         template = template.replace(f"<!--{name}-->", value)
     return template
+
+
+def explorable(network: nn.Module) -> bool:
+    """Whether all of a network's attention is between places of the picture: queries that read a map have no place."""
+    mixers, blocks = mixers_of(network), blocks_of(network)
+    placed = all(any(name.startswith(f"{block}.") for block in blocks) for name in mixers)
+    return bool(mixers) and (placed or not isinstance(network, Asked))
 
 
 def _summary(found: Explanation) -> str:

@@ -20,9 +20,8 @@ from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, DataError, UnsupportedError
-from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation, cautions
-from vitrail.explain.explorer import explorer
+from vitrail.explain.explorer import explorable, explorer
 from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
@@ -150,7 +149,7 @@ def _explained(
         files += _write(
             folder / "explanation.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
         )
-        if run.page and mixers_of(explainer.network) and not isinstance(explainer.network, Asked):
+        if run.page and explorable(explainer.network):
             files += _write(folder / "explain.html", explorer(explainer, found, note).encode())
         yield Explained(explanations=tuple(found), files=tuple(files))
 
