@@ -98,14 +98,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
     engine = engine if run.knn else ready(engine, run, len(source))
-    loader = Loader(
-        source,
-        Preprocess(engine.card.preprocessing),
-        run.batch_size,
-        workers=_workers(run.workers, len(source)),
-        unreadable="drop",
-        max_bad_share=1.0,
-    )
+    loader = _in_order(run, source, engine)
     task = Classify(labels)
     metrics, mistakes, done = task.metrics(), Mistakes(labels), 0
 
@@ -141,15 +134,19 @@ def _neighbours(run: EvaluateRun, engine: Engine) -> Engine:
 
     splits = open_splits(run.knn, val_share=0.0)
     known = splits.train if splits.train is not None else splits.everything
-    loader = Loader(
-        known,
+    return Neighbours(engine, _in_order(run, known, engine), known.classes, run.knn_k)
+
+
+def _in_order(run: EvaluateRun, source: Source, engine: Engine) -> Loader:
+    """Every readable picture once, prepared as the model's card says."""
+    return Loader(
+        source,
         Preprocess(engine.card.preprocessing),
         run.batch_size,
-        workers=_workers(run.workers, len(known)),
+        workers=_workers(run.workers, len(source)),
         unreadable="drop",
         max_bad_share=1.0,
     )
-    return Neighbours(engine, loader, known.classes, run.knn_k)
 
 
 def _dense(run: EvaluateRun, engine: Engine, watch: Callable[[int, int], None] | None) -> Evaluation:
