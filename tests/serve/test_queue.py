@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import logging
 import os
 import shutil
 import signal
@@ -198,7 +199,10 @@ def until(condition: Any, seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(small: Running) -> None:
+def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(
+    small: Running, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vitrail.serve")
     free = held(small)
     inside = small.house.places["first"].admission
     with ThreadPoolExecutor(4) as pool:
@@ -222,6 +226,8 @@ def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(small: 
 
     until(lambda: sum(statuses().values()) == 9)  # a request is counted after its last byte has left
     assert statuses() == {"200": 4, "503": 5}
+    lines = [record.getMessage() for record in caplog.records]
+    assert not any("503" in line for line in lines) and any("refused since" in line for line in lines)
     assert small.count("admitted_total") == small.count("finished_total") == 4
 
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Mapping, MutableMapping
 from importlib import resources
 from typing import Any, TypeVar
 
@@ -63,7 +63,7 @@ def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, 
         add("/", lambda: _static("index.html"), include_in_schema=False)
     add("/page/{name}", _static, include_in_schema=False)
     add("/docs", lambda: _static("docs.html"), include_in_schema=False)
-    return Gate(app, metrics, token, hosts, lambda: house.draining)
+    return Gate(app, metrics, token, hosts, lambda: house.draining, desk.early)
 
 
 class Desk:
@@ -71,6 +71,17 @@ class Desk:
 
     def __init__(self, house: House) -> None:
         self.house = house
+
+    def early(self, scope: MutableMapping[str, Any]) -> None:
+        """Refuse the commonest request before anything is done for it. Raises Refusal."""
+        if (
+            scope["path"] == "/predict"
+            and scope["method"] == "POST"
+            and b"model" not in scope["query_string"]
+        ):
+            scope["state"]["route"] = "/predict"
+            declared = body.declared_length(scope["state"]["headers"], self.house.run.body_megabytes * 2**20)
+            self.house.place(None).admission.room(1, declared or 0)
 
     async def live(self) -> Response:
         """Whether the process makes progress."""
@@ -206,6 +217,7 @@ class Desk:
         def grown(size: int) -> None:
             ticket.resize(len(urls), held + size)
 
+        begun = time.monotonic()
         try:
             async with asyncio.timeout(settings.FETCH_SECONDS):
                 for url in urls:  # one after the other, and all together no larger than one body
@@ -214,6 +226,7 @@ class Desk:
                     found.append((body.plain_name(url), picture))
         except TimeoutError:
             raise Refusal("not_fetched") from None
+        self.house.metrics.heard("fetch", time.monotonic() - begun)
         return found
 
     async def look(self, version: Version, pictures: list[tuple[str, bytes]], deadline: float) -> list[Any]:

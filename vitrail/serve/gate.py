@@ -54,13 +54,22 @@ class Gate:
         token: what requests must carry; empty for none.
         hosts: names under which the service may be called; empty for any.
         draining: whether connections should end with their answer.
+        early: raises Refusal for a request that would be refused further in; what is refused soon costs the least.
     """
 
     def __init__(
-        self, app: App, metrics: Metrics, token: str, hosts: tuple[str, ...], draining: Callable[[], bool]
+        self,
+        app: App,
+        metrics: Metrics,
+        token: str,
+        hosts: tuple[str, ...],
+        draining: Callable[[], bool],
+        early: Callable[[Message], None] = lambda scope: None,
     ) -> None:
         self.app, self.metrics, self.token, self.hosts = app, metrics, token, hosts
-        self.draining = draining
+        self.draining, self.early = draining, early
+        self.full, self.full_told = 0, 0.0
+        """Requests refused as full since that was last told in the log."""
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -76,6 +85,7 @@ class Gate:
         answer = _Answer(send, identity, self.draining)
         try:
             self._check(scope["path"], headers)
+            self.early(scope)
             await self.app(scope, receive, answer.send)
         except Refusal as refusal:
             await refuse(receive, answer.send, refusal, state)
@@ -105,7 +115,7 @@ class Gate:
                 raise Refusal("unauthorized", close=True)
 
     def _count(self, scope: Message, state: dict[str, Any], answer: _Answer) -> None:
-        route = getattr(scope.get("route"), "path", "") or "other"
+        route = getattr(scope.get("route"), "path", "") or state.get("route", "other")
         # 499 is what others write for a client that left before its answer.
         status = 499 if answer.left or not answer.complete else answer.status
         seconds = time.monotonic() - state["begun"]
@@ -115,6 +125,8 @@ class Gate:
             self.metrics.refusals.labels(state["refused"]).inc()
         if state.get("admitted") and not state.get("lost"):
             self.metrics.finished.inc()
+        if self._many(state):
+            return
         told: dict[str, Any] = {
             "id": state["request_id"],
             "method": scope["method"],
@@ -125,6 +137,18 @@ class Gate:
         told.update({name: state[name] for name in LOGGED if name in state})
         message = "%s %s %d in %.1f ms"
         logger.info(message, scope["method"], route, status, 1000 * seconds, extra={"request": told})
+
+    def _many(self, state: dict[str, Any]) -> bool:
+        """Whether a request needs no line of its own: under overload, those refused share one a second."""
+        now = time.monotonic()
+        full = state.get("refused") == "full"
+        self.full += full
+        if self.full and now - self.full_told > 1.0:
+            message = "%d requests refused since the last such line: full"
+            told = {"event": "full", "count": self.full}
+            logger.warning(message, self.full, extra={"request": told})
+            self.full, self.full_told = 0, now
+        return full
 
 
 class _Answer:
