@@ -105,7 +105,7 @@ class Stem(nn.Module):
 
     def forward(self, map: Map) -> Map:
         for layer in self.layers:
-            map = F.relu(layer(map))
+            map = F.relu_(layer(map))
         if self.pool is None:
             return map
         return F.max_pool2d(map, 3, 2, padding=int(self.pool == "pad"), ceil_mode=self.pool == "ceil")
@@ -174,15 +174,18 @@ class ResidualBlock(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.shortcut = nn.Identity() if shortcut is None else shortcut
         self.gate = nn.Identity() if gate is None else gate
+        self.plain = gate is None
         self.drop_path = DropPath(drop_path)
         self.after = nn.Identity() if after is None else after
 
     def forward(self, map: Map) -> Map:
         branch = map
         for number, layer in enumerate(self.layers):
-            branch = layer(F.relu(branch) if number else branch)
+            branch = layer(F.relu_(branch) if number else branch)
         branch = self.drop_path(self.gate(branch))
-        out: Tensor = self.after(F.relu(self.shortcut(map) + branch))
+        # In place where nobody else needs what was there: on a CPU, new memory costs more than the sums.
+        total = branch.add_(self.shortcut(map)) if self.plain else self.shortcut(map) + branch
+        out: Tensor = self.after(F.relu_(total))
         return out
 
 
