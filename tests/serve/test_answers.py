@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
 from tests.serve.service import LABELS, Running, picture
+from vitrail.jobs.serve import _end_alone
 from vitrail.predict import Predictor
 
 KINDS = [("PNG", {}), ("JPEG", {"quality": 90}), ("WEBP", {"quality": 80})]
@@ -115,6 +117,17 @@ def test_answers_have_the_same_bits_in_any_company(
     for data, answer in zip(pictures, answers, strict=True):
         assert answer.json["results"][0]["predictions"] == alone(offline[0], data)
     assert service.count("batch_images_sum") - before[1] == len(pictures)
+
+
+def test_what_is_one_vector_a_picture_goes_through_linear_layers_alone() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(torch.nn.Linear(192, 1000))
+    vectors, tokens = torch.randn(8, 192), torch.randn(8, 5, 192)
+    alone = torch.cat([network(vectors[row : row + 1]) for row in range(8)])
+    together = network(tokens)
+    _end_alone(network)
+    assert torch.equal(network(vectors), alone)
+    assert torch.equal(network(tokens), together)
 
 
 def test_a_form_holds_several_pictures_and_a_bad_one_spoils_only_itself(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 from collections import deque
@@ -97,8 +98,8 @@ class Engine:
             return self.whole
         return lane if lane.taken < DEEP else None
 
-    async def run(self, lane: Lane, call: Callable[[], Any]) -> Any:
-        """One call in a lane that was entered. It is left when the thread is done, be the caller gone or not."""
+    def start(self, lane: Lane, call: Callable[[], Any]) -> Future[Any]:
+        """One call in a lane that was entered. It is left when the thread is done, whoever still waits for it."""
         loop = asyncio.get_running_loop()
 
         def done(running: Future[Any]) -> None:
@@ -109,7 +110,7 @@ class Engine:
         running = lane.executor.submit(call)
         lane.calls.add(running)
         running.add_done_callback(done)
-        return await asyncio.wrap_future(running)
+        return running
 
     def leave(self, lane: Lane) -> None:
         """One call less in a lane."""
@@ -178,7 +179,9 @@ class Batcher:
             lane = await self.engine.enter(lambda: len(self.waiting) == 1, only_whole=self.abreast == 1)
             batch = self._take()
             if batch:
-                task = asyncio.create_task(self._compute(lane, batch))
+                abreast = 1 if lane is self.engine.whole else self.abreast
+                call = self.engine.start(lane, functools.partial(self._computed, batch))
+                task = asyncio.create_task(self._hand_out(batch, call, abreast))
                 self.running.add(task)
                 task.add_done_callback(self.running.discard)
             else:
@@ -202,9 +205,10 @@ class Batcher:
         self.waiting.extendleft(reversed(alive[size:]))
         return alive[:size]
 
-    async def _compute(self, lane: Lane, batch: list[Waiting]) -> None:
+    async def _hand_out(self, batch: list[Waiting], call: Future[Any], abreast: int) -> None:
+        """Give each of a batch its result."""
         try:
-            found = await self.engine.run(lane, lambda: self._computed(batch))
+            found = await asyncio.wrap_future(call)
         except asyncio.CancelledError:
             _refuse(batch, "draining")
             raise
@@ -215,7 +219,6 @@ class Batcher:
         if found is None:
             _refuse(batch, "deadline")
             return
-        abreast = 1 if lane is self.engine.whole else self.abreast
         results, begun, spent = found
         for item in batch:
             self.heard("queue", begun - item.since)
