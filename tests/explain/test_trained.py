@@ -44,7 +44,8 @@ def planted() -> tuple[Model, Tensor, Tensor, Tensor]:
 def mosaic() -> tuple[Model, Tensor, Tensor]:
     """A ViT that tells which digits are there; mosaics of all four, and the tile of each class."""
     training, looking = Mosaic(slice(0, 1400)), Mosaic(slice(1400, 1797))
-    model = train(small_vit(24, 4, 4), training, 700)
+    model = small_vit(24, 6, 4, depth=2, width=48, hidden=96)
+    model = train(model, training, 800, rate=3e-3, decay=0.05, smoothing=0.1)
     images, _, tiles = looking.draw(60, torch.Generator().manual_seed(6), full=True)
     return model, images, tiles
 
@@ -76,8 +77,9 @@ def test_of_four_digits_the_one_asked_for_is_pointed_at(
 ) -> None:
     model, images, tiles = mosaic
     asked = torch.arange(4).repeat(len(images))
-    heat = heat_of(model, images.repeat_interleave(4, 0), asked, method, Options(grid=(6, 6)))
-    energy = F.adaptive_avg_pool2d(heat.resized((24, 24), smooth=False)[:, None].clamp_min(0), 2).flatten(1)
+    heat = heat_of(model, images.repeat_interleave(4, 0), asked, method, Options(grid=(4, 4)))
+    cells = heat.regions((24, 24), (4, 4))  # the network's patches: as maps of pixels are drawn and scored
+    energy = F.adaptive_avg_pool2d(cells[:, None].clamp_min(0), 2).flatten(1)
     strongest = (energy.argmax(1) == tiles.flatten()).float().mean()
     share = (energy / energy.sum(1, keepdim=True)).gather(1, tiles.flatten()[:, None]).mean()
     assert float(strongest) >= 0.80
