@@ -141,7 +141,7 @@ def beside(repeats: int) -> None:
         "transformers ViT": other,
     }
     taken: dict[str, list[tuple[float, float]]] = {whose: [] for whose in ways}
-    answers = {}
+    answers: dict[str, Tensor] = {}
     with torch.inference_mode():
         for turn in range(repeats + 1):  # the first is warm-up
             for whose, forward in ways.items():

@@ -136,7 +136,8 @@ def prove_dense(
     """
     limits = BOUNDS[precision] if bounds is None else bounds
     look = _pixels if hasattr(task, "ignore") else _boxes
-    counts, away = torch.zeros(4, dtype=torch.int64), []  # same, all, same and clear, clear
+    counts = torch.zeros(4, dtype=torch.int64)  # same, all, same and clear, clear
+    away: list[float] = []
     metrics = (task.metrics(), task.metrics())
     done = labelled = 0
     for images, padding, targets in batches:

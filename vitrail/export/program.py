@@ -41,7 +41,7 @@ def capture(deployed: Deployed, *, free_size: bool = True) -> Program:
     padding[1, rows - rows // 4 :] = True
     example = (images, padding)[: len(deployed.inputs)]
     free = torch.export.Dim.DYNAMIC
-    names = {"example": example, "inputs": deployed.inputs, "outputs": deployed.outputs}
+    names: dict[str, Any] = {"example": example, "inputs": deployed.inputs, "outputs": deployed.outputs}
     # Windows are counted from the size, and shapes inside follow the count: tracing that takes minutes and fails.
     if free_size and not any(hasattr(part, "window") for part in deployed.network.modules()):
         try:

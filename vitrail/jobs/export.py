@@ -227,7 +227,9 @@ def _built(
 
     def proved(path: Path) -> Proof | DenseProof:
         candidate = open_artefact(path)
-        count = None if watch is None else lambda done: watch(done, len(pictures))
+        count: Callable[[int], None] | None = (
+            None if watch is None else lambda done: watch(done, len(pictures))
+        )
         if isinstance(pictures, DensePictures):
             return export_dense.prove(reference, candidate, pictures, count)
         return prove(
