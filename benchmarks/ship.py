@@ -32,6 +32,16 @@ def write(place: Path, card: Card) -> None:
     folder.save(place, tensors, card, library)
 
 
+def sized(card: Card, side: int | None, crop: float | None) -> Card:
+    """The card with another input size and crop; for networks whose weights do not depend on the size."""
+    preprocessing, config = card.preprocessing, dict(card.config)
+    if side is not None:
+        preprocessing, config["img_size"] = replace(preprocessing, input_size=(side, side)), [side, side]
+    if crop is not None:
+        preprocessing = replace(preprocessing, crop_pct=crop)
+    return replace(card, preprocessing=preprocessing, config=config)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -42,6 +52,10 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--about", required=True, help="what the card says of the data")
     parser.add_argument("--notes", default="", help="what a user must know")
+    parser.add_argument(
+        "--img-size", type=int, help="input size, where training pictures say another is better"
+    )
+    parser.add_argument("--crop-pct", type=float, help="share of the resized side that the crop keeps")
     parser.add_argument("--names", default="", help="class names for people, in the order of the logits")
     arguments = parser.parse_args()
 
@@ -57,7 +71,7 @@ def main() -> None:
     card = replace(
         card, data=arguments.about, notes=arguments.notes, source="trained with vitrail, from random weights"
     )
-    write(arguments.target, card)
+    write(arguments.target, sized(card, arguments.img_size, arguments.crop_pct))
     with tempfile.TemporaryDirectory() as scratch:
         run = EvaluateRun(
             model=str(arguments.target), data=tuple(arguments.data), split=arguments.split, precision="fp32",

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from vitrail.errors import WeightsError
+from vitrail.models.registry import create_model
 from vitrail.weights import files, folder
 from vitrail.weights.card import Card
 
@@ -171,3 +172,14 @@ def test_weights_with_numbers_that_are_not_finite_are_refused_when_asked(tmp_pat
     folder.load(tmp_path)
     with pytest.raises(WeightsError, match="not finite"):
         folder.load(tmp_path, finite=True)
+
+
+def test_others_may_read_a_saved_folder_as_they_may_read_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "any").write_text("")
+    create_model("vit_nano_patch4_32", depth=1).save_pretrained(tmp_path / "model")
+    usual = (tmp_path / "any").stat().st_mode
+    assert {
+        path.name: path.stat().st_mode
+        for path in (tmp_path / "model").iterdir()
+        if path.stat().st_mode != usual
+    } == {}

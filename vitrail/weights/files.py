@@ -178,7 +178,9 @@ def staged(path: Path, write: Callable[[Path], object]) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = temporary.stat().st_mode
         write(temporary)
+        os.chmod(temporary, mode)  # safetensors puts a file in its place that nobody else may read
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
     except BaseException as error:
