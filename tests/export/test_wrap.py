@@ -9,7 +9,6 @@ import torch
 
 import vitrail
 from vitrail.data.transforms import normalise
-from vitrail.errors import UnsupportedError
 from vitrail.export.wrap import Deployed
 
 
@@ -57,8 +56,3 @@ def test_the_model_itself_stays_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     Deployed(model)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-
-
-def test_a_detector_is_refused_in_words() -> None:
-    with pytest.raises(UnsupportedError, match="classify whole pictures"):
-        Deployed(small("detr_nano"))

@@ -162,16 +162,19 @@ def sized_of(run: CompareRun) -> tuple[str, ...]:
     """The networks whose cost is measured: those asked for, of boxes and masks those that are trained, else SIZED."""
     if run.cost_models:
         return run.cost_models
-    dense = bool(run.data) and kinds_of(run.data)[0] in DENSE
-    return models_of(run) if dense else SIZED
+    return models_of(run) if is_dense(run) else SIZED
+
+
+def is_dense(run: CompareRun) -> bool:
+    """Whether boxes or masks are compared."""
+    return any(task_of(name, None) != "image-classification" for name in models_of(run))
 
 
 def batch_of(run: CompareRun) -> int:
     """Images in one step: as asked, else 128, and 8 of boxes and masks."""
     if run.batch_size is not None:
         return run.batch_size
-    dense = any(task_of(name, None) != "image-classification" for name in models_of(run))
-    return 8 if dense else 128
+    return 8 if is_dense(run) else 128
 
 
 def _cells(
