@@ -326,7 +326,7 @@ def test_the_list_of_routes_is_drawn_from_the_openapi_file(browser: Any, service
 )
 def test_pictures_for_the_docs(browser: Any) -> None:
     folder, model, file = os.environ["VITRAIL_PICTURES"].split()
-    with running(f"imagenette={model}") as service:
+    with running(model) as service:
         for scheme, name in (("light", "page"), ("dark", "page-dark")):
             page = Page(browser, service, viewport={"width": 1100, "height": 900}, color_scheme=scheme)
             page.show(Path(file).read_bytes())
