@@ -33,12 +33,39 @@ def test_attention_is_what_the_paper_writes() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_both_kernels_compute_the_same(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("biased", ["no bias", "a bias for each head", "one bias"])
+@pytest.mark.parametrize("plain_weights", [0, 10**9])
+def test_all_kernels_compute_the_same(
+    dtype: torch.dtype, biased: str, plain_weights: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitrail.nn.attention.PLAIN_WEIGHTS", plain_weights)
     torch.manual_seed(0)
     queries, keys, values = torch.randn(3, 2, 4, 7, 8, dtype=dtype).unbind(0)
-    exact = torch.softmax(queries.double() @ keys.double().transpose(-2, -1) * 0.3, -1) @ values.double()
-    near = attend(queries, keys, values, 0.3).double()
+    bias = (
+        None
+        if biased == "no bias"
+        else torch.randn((7, 7) if biased == "one bias" else (4, 7, 7), dtype=dtype)
+    )
+    scores = queries.double() @ keys.double().transpose(-2, -1) * 0.3
+    exact = torch.softmax(scores + (0 if bias is None else bias.double()), -1) @ values.double()
+    with torch.no_grad():
+        near = attend(queries, keys, values, 0.3, bias).double()
     assert (near - exact).norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * exact.norm()
+
+
+def test_a_bias_reaches_the_fused_kernel_in_the_form_that_is_quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With fewer dimensions than the queries, torch computes step by step, several times slower."""
+    seen = []
+    fused = nn.functional.scaled_dot_product_attention
+
+    def look(*inputs: torch.Tensor, attn_mask: torch.Tensor, **options: float) -> torch.Tensor:
+        seen.append(attn_mask.ndim)
+        return fused(*inputs, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", look)
+    queries, keys, values = torch.randn(3, 2, 4, 7, 8).unbind(0)
+    attend(queries, keys, values, 0.3, torch.zeros(4, 7, 7))
+    assert seen == [4]
 
 
 def test_heads_that_do_not_share_the_width_are_refused() -> None:

@@ -11,6 +11,8 @@ which explanations call; the fast path below never builds more than it needs.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,21 +30,30 @@ def attend(
     bias: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "*B N V"]:
-    """softmax(queries keysᵀ · scale + bias) values, by the kernel that suits the device and the type.
+    """softmax(queries keysᵀ · scale + bias) values, by the kernel that suits the device, the type and the shape.
 
     The rule is fixed, not timed at run time, so that a resumed run computes the same bits. docs/log.md has the
-    measurements: the fused call wins but for bfloat16 on a CPU whose matrix products are native in it, at
-    picture lengths. Exported graphs get plain products, which every engine takes with free sizes.
+    measurements: the fused call wins but for bfloat16 on a CPU whose matrix products are native in it, as long as
+    the weights fit its caches. Exported graphs get plain products, which every engine takes with free sizes.
     """
-    plain = torch.compiler.is_exporting() or (
-        queries.device.type == "cpu" and queries.dtype == torch.bfloat16 and native_bf16()
+    if torch.compiler.is_exporting() or _plain_is_quicker(queries, keys):
+        weights = attention_weights(queries, keys, scale, bias)
+        return (F.dropout(weights, dropout) if dropout else weights) @ values
+    if bias is not None and bias.ndim < queries.ndim:  # else the fused kernel falls back to one of many steps
+        bias = bias[(None,) * (queries.ndim - bias.ndim)]
+    return F.scaled_dot_product_attention(
+        queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale
     )
-    if not plain:
-        return F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=bias, dropout_p=dropout, scale=scale
-        )
-    weights = attention_weights(queries, keys, scale, bias)
-    return (F.dropout(weights, dropout) if dropout else weights) @ values
+
+
+PLAIN_WEIGHTS = 16_000_000
+"""Attention weights of a call above which the fused kernel is the quicker one in bfloat16, too."""
+
+
+def _plain_is_quicker(queries: Tensor, keys: Tensor) -> bool:
+    if queries.device.type != "cpu" or queries.dtype != torch.bfloat16 or not native_bf16():
+        return False
+    return math.prod(queries.shape[:-1]) * keys.shape[-2] <= PLAIN_WEIGHTS
 
 
 def native_bf16() -> bool:
@@ -58,9 +69,9 @@ native_bf16._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def attention_weights(
     queries: Float[Tensor, "*B N E"], keys: Float[Tensor, "*B M E"], scale: float, bias: Tensor | None = None
 ) -> Float[Tensor, "*B N M"]:
-    """softmax(queries keysᵀ · scale + bias) over the keys."""
+    """softmax(queries keysᵀ · scale + bias) over the keys, in the queries' type."""
     scores = (queries * scale) @ keys.transpose(-2, -1)
-    return torch.softmax(scores if bias is None else scores + bias, dim=-1)
+    return torch.softmax(scores if bias is None else scores + bias.to(scores.dtype), dim=-1)
 
 
 class Attention(nn.Module):
