@@ -162,7 +162,9 @@ def _small_vit(facts: Facts) -> tuple[str, str]:
 
 def _length(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     if run.freeze == "backbone":
-        yield Choice(fields={"epochs": 50, "batch_size": 256}, reason="only the last layer learns")
+        # Eight steps an epoch at least: with a few hundred pictures, one a step would end before anything is learned.
+        batch = min(256, max(1, facts.images // 8))
+        yield Choice(fields={"epochs": 50, "batch_size": batch}, reason="only the last layer learns")
     elif not _from_scratch(run):
         epochs = 40 if facts.images < 2_000 else 20 if facts.images < 20_000 else 8
         yield Choice(fields={"epochs": epochs}, reason=f"given weights need few passes over {facts.images:,}")
