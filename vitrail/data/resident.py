@@ -151,7 +151,8 @@ class Resident:
         square = Preprocessing(
             input_size=self.side, crop_pct=1.0, interpolation=self.preprocessing.interpolation
         )
-        prepare, kept = Preprocess(square), []
+        prepare = Preprocess(square)
+        kept: list[int] = []
         pixels = torch.empty(len(source), 3, *self.side, dtype=torch.uint8)
         for index in range(len(source)):
             try:

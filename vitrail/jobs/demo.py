@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from vitrail.config import from_dict, read_toml
 from vitrail.data.image import decode
@@ -60,15 +60,18 @@ def demo(run: DemoRun) -> list[Step]:
 def _cat(place: Path) -> list[Step]:
     """What a model that ships says of a photograph; nothing where scikit-image is not installed, which is said."""
     try:
-        from skimage import data
+        from skimage import data as photographs
     except ImportError:
-        logger.warning("scikit-image is not installed, so the cat is left out; pip install 'vitrail[demo]' brings it.")
+        logger.warning(
+            "scikit-image is not installed, so the cat is left out; pip install 'vitrail[demo]' brings it."
+        )
         return []
     from PIL import Image
 
+    photograph: Any = photographs.chelsea  # it states no types
     cat = place / "photograph" / "cat.png"
     cat.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(data.chelsea()).save(cat)
+    Image.fromarray(photograph()).save(cat)
     return [
         Step(
             f"vitrail predict {SHIPPED} {cat} --top-k 3",

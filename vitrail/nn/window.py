@@ -252,7 +252,8 @@ class WindowAttention(Attention):
         It is kept from call to call while nobody learns, until a weight behind it changes.
         """
         weights = tuple(self.relative_bias.parameters())
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        jit: Any = torch.jit  # it states no types
+        tracing = torch.compiler.is_compiling() or jit.is_tracing()
         if torch.is_grad_enabled() or tracing or any(weight.is_inference() for weight in weights):
             return self._computed_bias(plan, like)
         state = (plan, like.dtype, *((weight.data_ptr(), weight._version) for weight in weights))
