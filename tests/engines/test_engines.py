@@ -116,7 +116,7 @@ def test_a_missing_engine_falls_back_to_torch_and_says_so(
         raise ConfigError(f"{packages[0]} is not installed")
 
     monkeypatch.setattr("vitrail.engines.onnx.require", missing)
-    engine = open_engine(model, "onnxruntime")
+    engine = open_engine(model, "onnxruntime", precision="fp32")
     assert engine.name == "torch" and same(engine, model)
     assert "onnxruntime is not installed); torch does the work" in caplog.text
 

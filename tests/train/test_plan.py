@@ -18,7 +18,7 @@ LARGE = Facts(images=1_281_167, classes=1000, side=400, device="cuda", cores=16)
 
 # Fields that stay open: nothing has to be chosen where they say nothing.
 OPTIONAL = {"output", "recipe", "pretrained", "teacher", "steps", "patience", "val", "model_kwargs"}
-OPTIONAL |= {"backbone", "classes", "ignore"}
+OPTIONAL |= {"backbone", "classes", "ignore", "balance"}
 
 
 @pytest.mark.parametrize("facts", [DIGITS, CIFAR, PHOTOS, LARGE], ids=["digits", "cifar", "photos", "large"])

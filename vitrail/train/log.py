@@ -183,7 +183,9 @@ def draw_curves(
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False)
+            # A corner, since looking for the best place takes seconds in a long run.
+            corner = "lower right" if axes is accuracy else "upper right"
+            axes.legend(fontsize=8, frameon=False, loc=corner)
     speed.set_ylim(bottom=0)
     figure.savefig(path, dpi=110, metadata={"Software": "vitrail"})
 
