@@ -109,7 +109,9 @@ def test_the_model_folder_knows_its_classes_and_scores_as_training_said(
     best = [record for record in said if isinstance(record, Scores) and record.weights == "average"]
     assert max(record.scores["acc1"] for record in best) == result.scores["val"]["acc1"]
     again = evaluate(
-        EvaluateRun(model=str(result.model), data=(str(data),), output=str(tmp_path), device="cpu")
+        EvaluateRun(
+            model=str(result.model), data=(str(data),), output=str(tmp_path), device="cpu", precision="fp32"
+        )
     )
     scores = dict(again.scores)
     assert scores["acc1"] == result.scores["val"]["acc1"]
