@@ -32,6 +32,13 @@ def write(place: Path, card: Card) -> None:
     folder.save(place, tensors, card, library)
 
 
+def bare(value: object) -> object:
+    """Paths of the machine that trained, as names alone: a card that ships tells nothing of it."""
+    if isinstance(value, list | tuple):
+        return [bare(part) for part in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
 def sized(card: Card, side: int | None, crop: float | None) -> Card:
     """The card with another input size and crop; for networks whose weights do not depend on the size."""
     preprocessing, config = card.preprocessing, dict(card.config)
@@ -71,6 +78,7 @@ def main() -> None:
     card = replace(
         card, data=arguments.about, notes=arguments.notes, source="trained with vitrail, from random weights"
     )
+    card = replace(card, recipe={name: bare(value) for name, value in card.recipe.items()})
     write(arguments.target, sized(card, arguments.img_size, arguments.crop_pct))
     with tempfile.TemporaryDirectory() as scratch:
         run = EvaluateRun(
