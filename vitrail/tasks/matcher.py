@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vitrail.tasks.boxes import generalized_iou, to_corners
 
@@ -60,34 +61,35 @@ def match(
 ) -> list[Pairs]:
     """The cheapest assignment of every picture; min(Q, objects) pairs each, on the logits' device."""
     counts = [len(target.labels) for target in targets]
-    labels = torch.cat([target.labels.to(logits.device) for target in targets])
-    wanted = torch.cat([target.boxes.to(boxes) for target in targets])
-    costs = cost_matrix(logits, boxes, labels, wanted, weights, softmax)  # [B, Q, all objects]
+    labels = pad_sequence([target.labels.to(logits.device) for target in targets], batch_first=True)  # [B, T]
+    wanted = pad_sequence([target.boxes.to(boxes) for target in targets], batch_first=True)  # [B, T, 4]
+    costs = cost_matrix(logits, boxes, labels, wanted, weights, softmax).cpu()  # [B, Q, T]
     return [
-        tuple(part.to(logits.device) for part in assign(of_picture[row]))  # type: ignore[misc]
-        for row, of_picture in enumerate(costs.cpu().split(counts, dim=2))
+        tuple(part.to(logits.device) for part in assign(own[:, :count]))  # type: ignore[misc]
+        for own, count in zip(costs, counts, strict=True)
     ]
 
 
 def cost_matrix(
     logits: Float[Tensor, "B Q K"],
     boxes: Float[Tensor, "B Q 4"],
-    labels: Int[Tensor, " T"],
-    wanted: Float[Tensor, "T 4"],
+    labels: Int[Tensor, "B T"],
+    wanted: Float[Tensor, "B T 4"],
     weights: Weights,
     softmax: bool,
 ) -> Float[Tensor, "B Q T"]:
-    """The cost of every slot for every object, of its own picture or not."""
+    """The cost of every slot for every object of its picture."""
+    columns = labels[:, None].expand(-1, logits.shape[1], -1)  # [B, Q, T]
     if softmax:
-        category = -logits.softmax(dim=-1)[..., labels]  # [B, Q, T]
+        category = -logits.softmax(dim=-1).gather(2, columns)  # [B, Q, T]
     else:
-        chosen = logits[..., labels]
+        chosen = logits.gather(2, columns)
         chance = chosen.sigmoid()
         present = 0.25 * (1 - chance) ** 2 * F.softplus(-chosen)
         absent = 0.75 * chance**2 * F.softplus(chosen)
         category = present - absent
-    l1 = (boxes[:, :, None] - wanted).abs().sum(dim=-1)
-    giou = generalized_iou(to_corners(boxes)[:, :, None], to_corners(wanted))
+    l1 = (boxes[:, :, None] - wanted[:, None]).abs().sum(dim=-1)
+    giou = generalized_iou(to_corners(boxes)[:, :, None], to_corners(wanted)[:, None])
     return weights.category * category + weights.l1 * l1 - weights.giou * giou
 
 
