@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from vitrail import create_model
-from vitrail.cli.main import COMMANDS, main
+from vitrail.cli.main import COMMANDS, main, recipe
 
 SIZE = 32
 
@@ -73,6 +73,11 @@ def answers(capsys: pytest.CaptureFixture[str], *words: str, code: int = 0) -> s
 
 
 # Words
+
+
+def test_a_flag_for_the_length_goes_before_the_recipes() -> None:
+    told = recipe({"recipe": "digits", "steps": 7, "lr": 0.5})
+    assert told["steps"] == 7 and told["lr"] == 0.5 and "epochs" not in told
 
 
 def test_no_words_and_help_list_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,3 +80,10 @@ def test_a_recipe_fills_open_fields_only() -> None:
     assert run.lr == 0.123 and run.epochs == config.read_toml(find_recipe("digits"))["epochs"]
     with pytest.raises(ConfigError, match="Did you mean digits"):
         with_recipe(TrainRun(data=("x",), recipe="digit"))
+
+
+def test_a_length_that_is_given_goes_before_the_recipes() -> None:
+    """--recipe imagenette-vit-tiny --steps 150: the recipe's epochs are not meant then."""
+    run = with_recipe(TrainRun(data=("x",), recipe="digits", steps=7))
+    assert (run.steps, run.epochs) == (7, None)
+    assert with_recipe(TrainRun(data=("x",), recipe="digits", epochs=2)).epochs == 2

@@ -134,7 +134,11 @@ def recipe(given: dict[str, Any]) -> dict[str, Any]:
     path = find_recipe(given["recipe"])
     print(f"recipe: {path}", file=sys.stderr)
     # The name is not handed on: the job would take a flag that equals a default for one that was not given.
-    return read_toml(path) | {name: value for name, value in given.items() if name != "recipe"}
+    over = {name: value for name, value in given.items() if name != "recipe"}
+    told = read_toml(path)
+    if "steps" in over or "epochs" in over:  # a run has one length, and the flag says which
+        told = {name: value for name, value in told.items() if name not in ("steps", "epochs")}
+    return told | over
 
 
 def overview() -> str:

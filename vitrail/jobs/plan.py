@@ -90,6 +90,8 @@ def with_recipe(run: TrainRun) -> TrainRun:
         if name not in known:
             raise ConfigError(f"{run.recipe}: {name} is no field of a run.{suggestion(name, known)}")
     defaults = {field.name: field.default for field in dataclasses.fields(TrainRun)}
+    if run.steps is not None or run.epochs is not None:  # a run has one length, and its own goes first
+        values = {name: value for name, value in values.items() if name not in ("steps", "epochs")}
     return records.replace(
         run, **{name: value for name, value in values.items() if getattr(run, name) == defaults[name]}
     )
