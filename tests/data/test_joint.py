@@ -139,6 +139,16 @@ def test_crowds_are_not_learned_but_kept_for_scoring() -> None:
     )
 
 
+def test_boxes_travel_between_processes_without_shared_memory() -> None:
+    """Each tensor there would hold a file open: 16 workers with batches of 16 want two thousand."""
+    first = next(iter(loader(World()))).targets[0]
+    maker, parts = first.__reduce__()
+    assert not any(isinstance(part, torch.Tensor) for part in [*parts, *parts[-1].values()])
+    again = maker(*parts)
+    assert all(torch.equal(*pair) for pair in zip(again[:2], first[:2], strict=True))
+    assert again.size == first.size and again.index == first.index
+
+
 @pytest.mark.parametrize("kind", ["boxes", "masks"])
 def test_workers_and_resumes_change_nothing(kind: str) -> None:
     world = World(kind)

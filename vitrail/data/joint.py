@@ -43,10 +43,21 @@ class BoxLabels(NamedTuple):
     index: int  # type: ignore[assignment]  # a field of this name hides the tuple's method
     """The picture's place in its source."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As arrays: a worker hands every tensor over in shared memory of its own, and a few batches of boxes
+        # would use up the files that a process may open.
+        arrays = {name: value.numpy() for name, value in self._asdict().items() if isinstance(value, Tensor)}
+        return _unpacked, (self.size, self.index, arrays)
+
     def to(self, device: torch.device) -> BoxLabels:
         return self._replace(**{
             name: getattr(self, name).to(device) for name in ("boxes", "labels", "crowd", "area")
         })  # fmt: skip
+
+
+def _unpacked(size: tuple[int, int], index: int, arrays: dict[str, Any]) -> BoxLabels:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return BoxLabels(size=size, index=index, **tensors)
 
 
 class JointTransform(Protocol):
