@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import sys
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from vitrail.errors import ConfigError, DataError
+from vitrail.errors import ConfigError, DataError, UnsupportedError
 from vitrail.nn.shapes import BoxOutput
 from vitrail.tasks.average_precision import NAMES, BoxMetrics
 from vitrail.tasks.detect import BoxTarget, Detect
@@ -170,3 +171,9 @@ def test_a_network_that_finds_nothing_has_precision_zero() -> None:
     metrics = Detect(["a"]).metrics()
     metrics.add(BoxOutput(torch.zeros(1, 0, 1), torch.zeros(1, 0, 4)), [target])
     assert metrics.result()["ap"] == 0.0
+
+
+def test_a_missing_package_is_named_before_pictures_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with pytest.raises(UnsupportedError, match="pip install"):
+        Detect(LABELS).metrics()

@@ -114,6 +114,8 @@ class _Job:
             weights=parts.class_weights(run, self.data),
             mean=lambda value: runtime.sum_tensor(value) / runtime.world,
         )
+        if self.data.val is not None or self.data.test is not None:
+            self.task.metrics()  # a scorer that is not installed must not stop a run at its end
         frozen = parts.freeze(self.model, run)
         self.preprocessing = self.model.card.preprocessing
         blocks = [block for stage in self.model.backbone.stages for block in stage.blocks]

@@ -42,9 +42,12 @@ class BoxMetrics:
     Args:
         labels: class names.
         detections: from a detector's output to scores, class numbers and boxes of every picture, best first.
+
+    Raises UnsupportedError where faster-coco-eval is not installed: before pictures are looked at, not after.
     """
 
     def __init__(self, labels: Sequence[str], detections: Callable[..., Any]) -> None:
+        _coco_eval()
         self.labels = tuple(labels)
         self.detections = detections
         self.seen: dict[int, Seen] = {}
@@ -160,21 +163,27 @@ class BoxMetrics:
     def _evaluation(self) -> Any:
         """faster-coco-eval's evaluation of everything seen."""
         if self._evaluated is None:
-            try:
-                from faster_coco_eval import COCO, COCOeval_faster
-            except ImportError:
-                raise UnsupportedError(
-                    "Average precision is computed by faster-coco-eval, which is not installed: pip install"
-                    " 'vitrail[coco]'."
-                ) from None
+            coco = _coco_eval()
             truth, found = self.coco()
-            known = COCO(truth)
-            evaluation = COCOeval_faster(known, known.loadRes(found), "bbox", print_function=_silent)
+            known = coco.COCO(truth)
+            evaluation = coco.COCOeval_faster(known, known.loadRes(found), "bbox", print_function=_silent)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
             self._evaluated = evaluation
         return self._evaluated
+
+
+def _coco_eval() -> Any:
+    """The package that computes average precision."""
+    try:
+        import faster_coco_eval
+    except ImportError:
+        raise UnsupportedError(
+            "Average precision is computed by faster-coco-eval, which is not installed: pip install"
+            " 'vitrail[coco]'."
+        ) from None
+    return faster_coco_eval
 
 
 def _truth(target: Any, size: tuple[int, int]) -> Tensor:
