@@ -53,7 +53,7 @@ class TrainRun:
     img_size: tuple[int, ...] = ()
     """Image size in pixels: one number, or rows and columns."""
     model_kwargs: tuple[str, ...] = ()
-    """Fields of the network's config, as NAME=VALUE: patch_size=4 width=192."""
+    """Fields of the network's config, as NAME=VALUE: patch_size=4 width=192 'backbone_changes={"stem": "conv"}'."""
     drop_path: float | None = None
     """Largest rate of stochastic depth, 0..1."""
     freeze: Literal["none", "backbone"] = "none"

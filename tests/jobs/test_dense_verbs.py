@@ -272,6 +272,8 @@ def test_a_backbone_comes_from_a_classifiers_folder_with_a_receipt(masks: str, t
     own, theirs = from_pretrained(result.model).state_dict(), model.state_dict()
     name = "backbone.stages.0.blocks.1.mixer.qkv.weight"
     assert torch.allclose(own[name], theirs[name], atol=1e-6)
+    told = from_pretrained(result.model).card.preprocessing
+    assert told.mean == model.card.preprocessing.mean  # colours as the backbone has learned them
     with pytest.raises(UserError, match="backbone is for networks of boxes and masks"):
         go(record(masks, tmp_path / "b", model="vit_nano_patch4_32", backbone=str(tmp_path / "classifier"),
                   data=("digits",), classes=(), ignore=()))  # fmt: skip

@@ -11,6 +11,7 @@ from vitrail import config
 from vitrail.data.augment import Augmentation
 from vitrail.data.joint import JointAugmentation
 from vitrail.data.mix import Mix
+from vitrail.errors import ConfigError
 from vitrail.jobs.dense_data import task_of
 from vitrail.jobs.plan import Facts, choose, find_recipe, with_recipe
 from vitrail.jobs.training_parts import read_fields, size_of
@@ -98,3 +99,10 @@ def test_every_family_has_a_recipe_for_small_data() -> None:
     assert {registry.family_name(registry.family_of(model)) for model in models if model} == set(
         registry.families()
     )
+
+
+def test_fields_of_a_part_are_told_as_json() -> None:
+    told = read_fields(("width=64", "taps=5,11", 'backbone_changes={"stem": "conv"}'))
+    assert told == {"width": 64, "taps": (5, 11), "backbone_changes": {"stem": "conv"}}
+    with pytest.raises(ConfigError, match="JSON"):
+        read_fields(("backbone_changes={stem: conv}",))

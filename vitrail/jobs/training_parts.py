@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -151,7 +152,7 @@ def size_of(values: tuple[int, ...]) -> tuple[int, int]:
 
 
 def read_fields(texts: tuple[str, ...]) -> dict[str, Any]:
-    """`("width=192", "pool=mean")` as fields with values: numbers, true, false, none or words."""
+    """`("width=192", "pool=mean")` as fields with values: numbers, true, false, none, words, or JSON in { }."""
     fields: dict[str, Any] = {}
     for text in texts:
         name, sign, value = text.partition("=")
@@ -162,6 +163,11 @@ def read_fields(texts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _value(text: str) -> Any:
+    if text.startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"model_kwargs takes JSON in {{ }}; {text} is none: {error}.") from None
     words = {"true": True, "false": False, "none": None}
     if text.lower() in words:
         return words[text.lower()]
@@ -176,8 +182,14 @@ def _value(text: str) -> Any:
 
 
 def _preprocessing(run: TrainRun, model: Any, data: Data) -> Any:
-    """The card's preprocessing; pictures that are small already lose nothing at their edges."""
+    """The card's preprocessing; pictures that are small already lose nothing at their edges.
+
+    A backbone keeps the brightness and contrast that it was trained with.
+    """
     wanted = model.card.preprocessing
+    if run.backbone is not None:
+        known = _card(run.backbone).preprocessing
+        wanted = dataclasses.replace(wanted, mean=known.mean, std=known.std)
     if run.pretrained is None and typical_side(data.train) <= 2 * min(wanted.input_size):
         return dataclasses.replace(wanted, crop_pct=1.0)
     return wanted
