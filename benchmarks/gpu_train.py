@@ -2,24 +2,30 @@
 
     python benchmarks/gpu_train.py                         # S/16, B/16, L/16, H/14, then Swin-T, PVT v2-B2, CaiT-S24
     python benchmarks/gpu_train.py --models vit_base_patch16_224 --batch-sizes 256 --attention
+    python benchmarks/gpu_train.py --infer vit_base_patch16_224 vit_large_patch16_224    # inference too
     python benchmarks/gpu_train.py --data train-0.zip      # also from files to updated weights, by the training job
     python benchmarks/gpu_train.py --device cpu --models vit_nano_patch4_32 --batch-sizes 8 --rounds 2 --steps 2
 
-Synthetic images on the device, cross-entropy, fused AdamW, bfloat16 by autocast, no recomputation. Contenders take
-turns, so that a change of the chip's clock meets all of them. A step's FLOPs are counted once: six times the forward's
-multiply-adds (two for each, and three forwards' worth for a step), whatever a kernel really does.
+Synthetic images on the device, cross-entropy, fused AdamW, bfloat16 by autocast, no recomputation. Each contender lives
+in a process of its own, so that all compile at the same time; once they are ready they take turns on the chip, so that
+a change of its clock meets all of them, and give their memory back after each turn. A step's FLOPs are counted once:
+six times the forward's multiply-adds (two for each, and three forwards' worth for a step), whatever a kernel really
+does.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,41 +54,51 @@ PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 WAYS = ("eager", "blocks", "whole", "graphs")
 """How a network is run: as written; each block compiled; compiled whole; compiled whole with CUDA graphs."""
 
+INFER_BATCH = 256
+
 
 @dataclass(frozen=True)
 class Contender:
     """One network, run in one way."""
 
-    maker: str
+    model: str
+    batch: int
+    maker: Literal["vitrail", "timm"]
     way: str
+    task: Literal["training", "inference"] = "training"
 
     @property
     def name(self) -> str:
         return f"{self.maker} {self.way}"
 
 
-@dataclass(frozen=True)
-class Result:
-    """One line of the table; rates in images a second."""
+@dataclass
+class Seat:
+    """A contender's process, from here."""
 
     contender: Contender
-    best: float
-    median: float
-    memory: int
-    """Bytes at the peak of a step, above what lay there before the network."""
+    process: Any
+    pipe: Any
+    memory: int = 0
+    """Bytes at the peak of a step."""
+    seconds: list[float] = field(default_factory=list)
+    """Of one step, a number a round."""
 
 
-def build(model: str, contender: Contender, device: torch.device) -> nn.Module:
+def build(contender: Contender, device: torch.device) -> nn.Module:
     """The contender's network on the device, compiled as it asks."""
     torch.manual_seed(0)
     if contender.maker == "vitrail":
-        network: Any = registry.create_model(model)
+        network: Any = registry.create_model(contender.model)
     else:
         import timm
 
-        network = timm.create_model(model)
+        network = timm.create_model(contender.model)
     network.to(device)
-    if contender.way == "blocks":
+    if contender.way == "blocks" and contender.maker == "vitrail":
+        blocks = [block for stage in network.backbone.stages for block in stage.blocks]
+        Runtime(device=device).prepare(network, blocks, compile=True)
+    elif contender.way == "blocks":
         for block in blocks_of(network):
             block.compile()
     elif contender.way == "whole":
@@ -144,65 +160,134 @@ def forwarder(
     return forward
 
 
-def race(
-    model: str,
-    contenders: list[Contender],
-    batch: int,
-    device: torch.device,
-    *,
-    make: Callable[..., Callable[[], Tensor]],
-    rounds: int,
-    steps: int,
-) -> list[Result]:
-    """Every contender's rates, measured in turns; one that fails is said and left out."""
-    size = registry.variant(model).img_size
-    running: list[tuple[Contender, Callable[[], Tensor], int]] = []
-    for contender in contenders:
-        clear(device)
-        before = allocated(device)
+def sit(contender: Contender, device_name: str, pipe: Any, room: Any) -> None:
+    """A contender's process: gets ready, says so, and then times as many steps as it is told, again and again."""
+    device = torch.device(device_name)
+    with tensor_cores(), contextlib.suppress(EOFError):
         try:
-            go = make(build(model, contender, device), batch, size, device)
-            for _ in range(3):  # compiling, recording graphs, the optimiser's state
-                go()
-            wait(device)
+            with room:
+                go, memory = start(contender, device)
+            pipe.send(("ready", memory))
         except Exception as error:  # a peer without this network, no memory, a compiler that gives up
-            print(f"{model}: {contender.name} left out: {' '.join(str(error).split())[:160]}")
-            continue
-        running.append((contender, go, peak(device) - before))
-    times: list[list[float]] = [[] for _ in running]
-    for _ in range(rounds):
-        for (_, go, _), kept in zip(running, times, strict=True):
+            pipe.send(("left out", " ".join(str(error).split())[:160]))
+            return
+        while steps := pipe.recv():
+            go()  # takes the memory again
             wait(device)
             started = time.perf_counter()
             for _ in range(steps):
                 go()
             wait(device)
-            kept.append((time.perf_counter() - started) / steps)
-    return [
-        Result(contender, batch / min(kept), batch / statistics.median(kept), memory)
-        for (contender, _, memory), kept in zip(running, times, strict=True)
-    ]
+            passed = (time.perf_counter() - started) / steps
+            clear(device)
+            pipe.send(passed)
 
 
-def rows(model: str, batch: int, results: list[Result], device: torch.device, passes: int) -> list[list[str]]:
-    """Lines of the table; `passes` forwards' worth of multiply-adds an image (1, or 3 for training)."""
+def start(contender: Contender, device: torch.device) -> tuple[Callable[[], Tensor], int]:
+    """The contender's step, compiled and warm, and the bytes at its peak."""
+    import torch._functorch.config as settings
+
+    if hasattr(settings, "force_non_lazy_backward_lowering"):
+        # Else a step holds its activations while the backward is compiled, and many do so at once.
+        setattr(settings, "force_non_lazy_backward_lowering", True)  # noqa: B010
+    size = registry.variant(contender.model).img_size
+    make = stepper if contender.task == "training" else forwarder
+    go = make(build(contender, device), contender.batch, size, device)
+    for left in reversed(range(20)):  # others get ready too, and may hold the memory at the moment
+        try:
+            for _ in range(3):  # compiling, recording graphs, the optimiser's state
+                go()
+            wait(device)
+            clear(device)
+            go()
+            wait(device)
+            break
+        except torch.OutOfMemoryError:
+            clear(device)
+            if not left:
+                raise
+            time.sleep(5)
+    measured = peak(device)
+    clear(device)
+    return go, measured
+
+
+def ready(contenders: list[Contender], device: str, at_once: int, patience: float) -> list[Seat]:
+    """The contenders that are ready within `patience` seconds; the others are said and left out."""
+    spawn = multiprocessing.get_context("spawn")
+    room = spawn.BoundedSemaphore(at_once)
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
+    seats = []
+    for contender in contenders:
+        here, there = spawn.Pipe()
+        process = spawn.Process(target=sit, args=(contender, device, there, room), daemon=True)
+        process.start()
+        there.close()
+        seats.append(Seat(contender, process, here))
+    began, present = time.perf_counter(), []
+    for seat in seats:
+        what: tuple[str, Any] = ("left out", "its process ended")
+        left = max(0.0, patience - (time.perf_counter() - began))
+        with contextlib.suppress(EOFError):
+            what = (
+                seat.pipe.recv()
+                if seat.pipe.poll(left)
+                else ("left out", f"not ready after {patience:.0f} s")
+            )
+        if what[0] == "ready":
+            seat.memory = what[1]
+            present.append(seat)
+            continue
+        seat.process.kill()
+        print(
+            f"{seat.contender.model}: {seat.contender.name}, {seat.contender.task}, left out: {what[1]}",
+            flush=True,
+        )
+    print(
+        f"{len(present)} of {len(seats)} contenders ready after {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
+    return present
+
+
+def take_turns(seats: list[Seat], rounds: int, steps: int) -> list[Seat]:
+    """Times them in turns, and sends them home; those that failed on the way are left out."""
+    playing = list(seats)
+    for _ in range(rounds):
+        for seat in list(playing):
+            try:
+                seat.pipe.send(steps)
+                seat.seconds.append(seat.pipe.recv())
+            except (EOFError, OSError):
+                print(f"{seat.contender.model}: {seat.contender.name} fell out", flush=True)
+                playing.remove(seat)
+    for seat in playing:
+        seat.pipe.send(0)
+        seat.process.join(20)
+    return playing
+
+
+def rows(seats: list[Seat], device: torch.device) -> list[list[str]]:
+    """Lines of the table for one network and one task."""
     with torch.device("meta"):
-        network = registry.create_model(model)
+        network = registry.create_model(seats[0].contender.model)
+    passes = 3 if seats[0].contender.task == "training" else 1
     flops = 2 * passes * cost(network, network.config.img_size, 3).multiply_adds
     limit = chip_peak(device)
-    peers = [result.best for result in results if result.contender.maker != "vitrail"]
+    best = [seat.contender.batch / min(seat.seconds) for seat in seats]
+    peers = [rate for seat, rate in zip(seats, best, strict=True) if seat.contender.maker != "vitrail"]
     return [
         [
-            model,
-            str(batch),
-            result.contender.name,
-            f"{result.best:,.0f}",
-            f"{result.median:,.0f}",
-            f"{result.best / max(peers):.2f}" if peers else "",
-            f"{100 * result.best * flops / limit:.1f} %" if limit else "",
-            f"{result.memory / 2**30:.1f}" if device.type == "cuda" else "",
+            seat.contender.model,
+            str(seat.contender.batch),
+            seat.contender.name,
+            f"{rate:,.0f}",
+            f"{seat.contender.batch / statistics.median(seat.seconds):,.0f}",
+            f"{rate / max(peers):.2f}" if peers else "",
+            f"{100 * rate * flops / limit:.1f} %" if limit else "",
+            f"{seat.memory / 2**30:.1f}" if device.type == "cuda" else "",
         ]
-        for result in results
+        for seat, rate in zip(seats, best, strict=True)
     ]
 
 
@@ -306,15 +391,27 @@ def chip_peak(device: torch.device) -> float | None:
     return next((rate for part, rate in PEAKS.items() if part in device_name(device)), None)
 
 
-def parse(doc: str | None) -> argparse.Namespace:
+def parse(doc: str | None, models: list[str]) -> argparse.Namespace:
     """The flags of both GPU benchmarks."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=list(SIZES))
-    parser.add_argument("--batch-sizes", nargs="+", type=int, help="one for each model, or one for all")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "whole", "graphs"])
+    parser.add_argument("--models", nargs="*", default=models, help="networks that are trained")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, help="one for each of them, or one for all")
+    parser.add_argument("--infer", nargs="*", default=[], help="networks that only answer")
+    parser.add_argument("--infer-batch", type=int, default=INFER_BATCH)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=["eager", "blocks", "whole", "graphs"])
+    parser.add_argument("--infer-ways", nargs="+", choices=WAYS, default=["eager", "whole", "graphs"])
+    parser.add_argument(
+        "--timm-ways", nargs="+", choices=WAYS, help="of timm in training; by default the same"
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="steps in one round")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument(
+        "--at-once", type=int, default=os.cpu_count() or 1, help="contenders that get ready together"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=900.0, help="seconds after which one not ready is left out"
+    )
     parser.add_argument("--attention", action="store_true", help="first time every attention kernel")
     parser.add_argument("--data", nargs="+", help="archives or folders for the way from files to weights")
     given = parser.parse_args()
@@ -329,25 +426,44 @@ def parse(doc: str | None) -> argparse.Namespace:
     return given
 
 
-def main(
-    make: Callable[..., Callable[[], Tensor]] = stepper, passes: int = 3, doc: str | None = __doc__
-) -> None:
-    given = parse(doc)
+def entered(given: argparse.Namespace) -> list[Contender]:
+    """Every contender that the flags ask for; the networks that compile longest come first."""
+    found: list[Contender] = []
+    for model, batch in zip(given.models, given.batch_sizes, strict=True):
+        for maker, ways in (("vitrail", given.ways), ("timm", given.timm_ways or given.ways)):
+            if "huge" in model:  # 32 blocks in one piece take minutes to compile
+                ways = ["blocks"]
+            found += [Contender(model, batch, maker, way) for way in ways]
+    for model in given.infer:
+        for maker in ("vitrail", "timm"):
+            found += [
+                Contender(model, given.infer_batch, maker, way, "inference") for way in given.infer_ways
+            ]
+    return sorted(found, key=lambda contender: WAYS.index(contender.way), reverse=True)
+
+
+def main(doc: str | None = __doc__, models: list[str] | None = None, infer: list[str] | None = None) -> None:
+    given = parse(doc, list(SIZES) if models is None else models)
+    given.infer = given.infer or infer or []
     device = torch.device(given.device)
     print(f"{device_name(device)}, torch {torch.__version__}, bfloat16")
+    seats = ready(entered(given), given.device, given.at_once, given.patience)
     if given.attention:
         print(
             plain_table(["B x H x N x E", "cudnn ms", "flash", "efficient", "math"], attention_table(device))
         )
-    table: list[list[str]] = []
-    with tensor_cores():
-        for model, batch in zip(given.models, given.batch_sizes, strict=True):
-            contenders = [Contender(maker, way) for maker in ("vitrail", "timm") for way in given.ways]
-            found = race(model, contenders, batch, device, make=make, rounds=given.rounds, steps=given.steps)
-            table += rows(model, batch, found, device, passes)
-            torch.compiler.reset()
-    print(plain_table(HEAD, table))
-    if given.data and passes > 1:
+    for task, names in (("training", given.models), ("inference", given.infer)):
+        table: list[list[str]] = []
+        for model in names:
+            mine = [seat for seat in seats if (seat.contender.model, seat.contender.task) == (model, task)]
+            mine.sort(key=lambda seat: (seat.contender.maker != "vitrail", WAYS.index(seat.contender.way)))
+            if done := take_turns(mine, given.rounds, given.steps):
+                found = rows(done, device)
+                print(*("  ".join(row) for row in found), sep="\n", flush=True)
+                table += found
+        if table:
+            print(f"\n{task}\n{plain_table(HEAD, table)}")
+    if given.data:
         for model, batch in zip(given.models, given.batch_sizes, strict=True):
             rate = end_to_end(model, given.data, batch, given.device, steps=60)
             print(f"{model}: {rate:,.0f} images/s from files to updated weights")

@@ -127,6 +127,8 @@ class TrainRun:
     """Alpha of mixup (0 = none)."""
     cutmix: float | None = None
     """Alpha of cutmix (0 = none)."""
+    mix_off: float = 0.0
+    """Share of the run, at its end, in which nothing is mixed, 0..1."""
     aug_repeats: int = 1
     """Views of each image in an epoch (repeated augmentation)."""
 

@@ -21,6 +21,7 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, TrainingError, UnsupportedError
+from vitrail.nn.block import DropPath
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +31,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 # within a minute. Writing a large checkpoint may take longer, so waiting for that has a bound of its own.
 PATIENCE = timedelta(seconds=45)
 LONG_PATIENCE = timedelta(minutes=30)
+
+VERSIONS = 64
+"""Kinds of block that one network may have compiled."""
 
 
 @dataclass(kw_only=True)
@@ -50,6 +54,11 @@ class Runtime:
     slow: Any = None
     """The same group with `LONG_PATIENCE`."""
 
+    def __post_init__(self) -> None:
+        if self.device.type == "cuda" and self.precision == "fp32":
+            # float32 means float32; by default torch's convolutions round their inputs to 10 bits on a GPU.
+            torch.backends.cudnn.allow_tf32 = False
+
     @property
     def main(self) -> bool:
         """Whether this process writes files and speaks."""
@@ -64,8 +73,14 @@ class Runtime:
         blocks = list(blocks)
         model.to(self.device)
         if compile:
+            # Stages of a pyramid, shifted windows and the like are code of their own each; past torch's limit of 8
+            # it would run the rest uncompiled.
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
+            for part in model.modules():
+                if isinstance(part, DropPath):
+                    part.share_code(self.device)
             for block in blocks or [model]:
-                block.compile()
+                block.compile(dynamic=False)
         if self.world == 1:
             return model
         if self.shard:

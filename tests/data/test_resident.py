@@ -48,10 +48,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def made(data: Path, augmentation: Augmentation, batch_size: int = 4, **options: object) -> Resident:
+def made(
+    data: Path, augmentation: Augmentation, batch_size: int = 4, channels: int = 3, **options: object
+) -> Resident:
     source = open_splits((str(data),), val_share=0.0).train
     assert source is not None
-    size = Preprocessing(input_size=(16, 16))
+    size = Preprocessing(input_size=(16, 16), in_chans=channels, mean=(0.5,), std=(0.5,))
     return Resident(source, size, augmentation, batch_size, device=CPU, **options)  # type: ignore[arg-type]
 
 
@@ -160,7 +162,21 @@ def test_jitter_of_nothing_changes_nothing_and_some_keeps_within_bounds() -> Non
 
 
 def test_what_cannot_be_done_is_refused_with_the_cure(data: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none or three; got 'rand'.*--resident"):
-        made(data, Augmentation(aa="rand"))
+    with pytest.raises(ConfigError, match=r"3 channels; the network takes 1.*--resident"):
+        made(data, Augmentation(), channels=1)
     with pytest.raises(DataError, match="takes 64 pictures, and 20 can be read"):
         made(data, Augmentation(), batch_size=64)
+
+
+@pytest.mark.parametrize("aa", ["rand", "trivial"])
+def test_a_policy_changes_pictures_and_repeats_by_its_seed(data: Path, aa: str) -> None:
+    plain = made(data, Augmentation(crop="none", hflip=0.0), batch_size=16)
+    first, again = (made(data, Augmentation(crop="none", hflip=0.0, aa=aa), batch_size=16) for _ in range(2))
+    before, one, two = (next(iter(batches)).images for batches in (plain, first, again))
+    assert torch.equal(one, two)
+    assert ((one != before).flatten(1).any(dim=1)).float().mean() > 0.5
+
+
+def test_more_readers_see_the_same_pictures(data: Path) -> None:
+    one, many = (made(data, FULL, readers=count) for count in (1, 4))
+    assert torch.equal(one.pixels, many.pixels) and one.skipped.keys() == many.skipped.keys()

@@ -91,6 +91,7 @@ def tiny(**changes: Any) -> torch.nn.Module:
         {"in_chans": 1},
         {"in_chans": 7, "patch_size": (4, 8)},
         {"stem": "conv"},
+        {"stem": "residual"},
         {"stem": "resnet", "stem_layers": (1, 1), "img_size": (64, 32)},
         {"img_size": (48, 16), "gelu": "tanh", "init": "timm"},
     ],

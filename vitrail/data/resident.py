@@ -5,13 +5,14 @@ memory as uint8, nothing is decoded or copied after the start. The price is said
 kept, at `STORED` times the input size for resized crops, so what lies outside it is never seen.
 
 Random choices are drawn on the CPU from (seed, epoch, batch), so a resumed run repeats them and every device makes
-the same ones; pixels agree between devices to a rounding of 1/255.
+the same ones; pixels agree between devices to a rounding of 1/255, but for the noise of random erasing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 
 from vitrail.data.augment import TRIES, Augmentation, sample_seed
+from vitrail.data.batch_policy import grey, rand, trivial
 from vitrail.data.image import decode
 from vitrail.data.loader import Batch
 from vitrail.data.sources import Source
-from vitrail.data.transforms import Preprocess
+from vitrail.data.transforms import Preprocess, colour
 from vitrail.errors import ConfigError, DataError, ImageError
 from vitrail.weights.card import Preprocessing
 
@@ -35,22 +37,20 @@ STORED = 8 / 7
 SHARE = 0.5
 """Share of a GPU's free memory that pictures may take; the rest is the network's."""
 
-POLICIES = ("none", "three")
-"""Policies that run on whole batches."""
-
 
 class Resident:
     """Batches of uint8 pictures on the device, one epoch an iteration, as `data.loader.Loader` gives them.
 
     Args:
-        source: pictures and labels; unreadable pictures are left out and stand in `skipped`.
+        source: pictures and labels, read by `readers` threads; unreadable pictures are left out and stand in
+            `skipped`.
         preprocessing: the model's; input size and channels.
-        augmentation: as for `TrainTransform`, but for the policies that work picture by picture.
+        augmentation: as for `TrainTransform`.
         batch_size: pictures in one step over all processes, `world` of them, of which this one is `rank`.
         device: where the pictures live.
 
     Raises:
-        ConfigError: a policy that needs single pictures, other channels than three, or more pictures than fit.
+        ConfigError: other channels than three, or more pictures than fit.
         DataError: too few pictures can be read for one batch.
     """
 
@@ -65,12 +65,8 @@ class Resident:
         seed: int = 0,
         rank: int = 0,
         world: int = 1,
+        readers: int = 1,
     ) -> None:
-        if augmentation.aa not in POLICIES:
-            raise ConfigError(
-                f"Pictures that live on the device take aa {' or '.join(POLICIES)}; got {augmentation.aa!r}. Take"
-                " one of these, or leave --resident out."
-            )
         if preprocessing.in_chans != 3:
             raise ConfigError(
                 f"Pictures that live on the device have 3 channels; the network takes {preprocessing.in_chans}. Leave"
@@ -81,9 +77,11 @@ class Resident:
         self.rank, self.world = rank, world
         self.epoch = self._position = 0
         self.skipped: dict[int, str] = {}
+        red, green, blue = colour(preprocessing).tolist()
+        self.fill = float(red), float(green), float(blue)
         self.side = _stored(preprocessing.input_size, augmentation.crop)
         _fits(len(source) * 3 * self.side[0] * self.side[1], device)
-        self.pixels, kept = self._read(source)
+        self.pixels, kept = self._read(source, readers)
         self.indices = torch.tensor(kept, dtype=torch.int64)
         self.targets = torch.from_numpy(source.labels[kept]).to(device)
         if len(kept) < batch_size:
@@ -106,7 +104,7 @@ class Resident:
             mine = order[number * self.batch_size : (number + 1) * self.batch_size][self.rank :: self.world]
             rows = torch.from_numpy(mine)
             generator = torch.Generator().manual_seed(sample_seed(self.seed, epoch, number, self.rank))
-            there = rows.to(self.device)
+            there = rows.to(self.device, non_blocking=True)
             images = self.augmented(self.pixels[there], generator)
             yield Batch(images, self.targets[there], self.indices[rows])
         self.epoch, self._position = epoch + 1, 0
@@ -122,6 +120,10 @@ class Resident:
             pictures = flipped(pictures, torch.rand(len(pictures), generator=generator) < record.hflip)
         if record.aa == "three":
             pictures = three(pictures, generator)
+        elif record.aa == "rand":
+            pictures = rand(pictures, generator, self.fill, record.layers, record.magnitude)
+        elif record.aa == "trivial":
+            pictures = trivial(pictures, generator, self.fill)
         if record.color_jitter:
             pictures = jittered(pictures, record.color_jitter, generator)
         if record.reprob:
@@ -140,28 +142,36 @@ class Resident:
         columns = (x >= left[:, None]) & (x < (left + wide)[:, None])  # [B, w]
         inside = (rows[:, :, None] & columns[:, None, :] & chosen[:, None, None])[:, None]  # [B, 1, h, w]
         mean, std = (
-            torch.tensor((values * 3)[:3])[:, None, None]
+            torch.tensor((values * 3)[:3], device=self.device)[:, None, None]
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        noise = torch.randn(pictures.shape, generator=generator) * std + mean
-        return torch.where(inside.to(self.device), _pixels(255 * noise.to(self.device)), pictures)
+        # Noise for every pixel of a batch takes a processor longer than a GPU takes for the step.
+        seed = int(torch.randint(2**62, (), generator=generator))
+        there = torch.Generator(self.device).manual_seed(seed)
+        noise = torch.randn(pictures.shape, generator=there, device=self.device) * std + mean
+        return torch.where(inside.to(self.device, non_blocking=True), _pixels(255 * noise), pictures)
 
-    def _read(self, source: Source) -> tuple[Pixels, list[int]]:
+    def _read(self, source: Source, readers: int) -> tuple[Pixels, list[int]]:
         """Every readable picture at the stored size, on the device, and their places in the source."""
         square = Preprocessing(
             input_size=self.side, crop_pct=1.0, interpolation=self.preprocessing.interpolation
         )
         prepare = Preprocess(square)
-        kept: list[int] = []
         pixels = torch.empty(len(source), 3, *self.side, dtype=torch.uint8)
-        for index in range(len(source)):
+
+        def read(index: int) -> None:
             try:
-                pixels[len(kept)] = prepare(decode(source.read(index), name=source.name(index)))
+                pixels[index] = prepare(decode(source.read(index), name=source.name(index)))
             except ImageError as error:
                 self.skipped[index] = str(error)
-                continue
-            kept.append(index)
-        return pixels[: len(kept)].to(self.device), kept
+
+        with ThreadPoolExecutor(
+            max(1, readers)
+        ) as pool:  # decoders and resizing leave Python's lock to the others
+            for _ in pool.map(read, range(len(source))):
+                pass
+        kept = [index for index in range(len(source)) if index not in self.skipped]
+        return (pixels[kept] if self.skipped else pixels).to(self.device), kept
 
 
 def _stored(size: tuple[int, int], crop: str) -> tuple[int, int]:
@@ -249,10 +259,10 @@ def three(pictures: Pixels, generator: torch.Generator) -> Pixels:
     """3-Augment (DeiT III, section 3): each picture grey, solarised or blurred, one of them."""
     choice, strength = torch.rand(2, len(pictures), generator=generator).to(pictures.device)
     choice = choice[:, None, None, None]
-    grey = _pixels(_luma(pictures.float())).expand_as(pictures)
+    dull = _pixels(grey(pictures.float())).expand_as(pictures)
     solar = torch.where(pictures >= 128, 255 - pictures, pictures)
     soft = _pixels(blurred(pictures.float(), 0.1 + 1.9 * strength))
-    return torch.where(choice < 1 / 3, grey, torch.where(choice < 2 / 3, solar, soft))
+    return torch.where(choice < 1 / 3, dull, torch.where(choice < 2 / 3, solar, soft))
 
 
 def blurred(images: Float[Tensor, "B C h w"], sigma: Float[Tensor, " B"]) -> Float[Tensor, "B C h w"]:
@@ -274,16 +284,10 @@ def jittered(pictures: Pixels, strength: float, generator: torch.Generator) -> P
     factors = 1 + strength * (2 * torch.rand(3, len(pictures), generator=generator) - 1)
     bright, contrast, saturation = (factor[:, None, None, None] for factor in factors.to(pictures.device))
     images = (pictures.float() * bright).clamp(0, 255)
-    middle = _luma(images).mean(dim=(1, 2, 3), keepdim=True)
+    middle = grey(images).mean(dim=(1, 2, 3), keepdim=True)
     images = (middle + (images - middle) * contrast).clamp(0, 255)
-    grey = _luma(images)
-    return _pixels(grey + (images - grey) * saturation)
-
-
-def _luma(images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 1 h w"]:
-    """Grey by ITU-R 601."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
-    return (images * weights).sum(dim=1, keepdim=True)
+    dull = grey(images)
+    return _pixels(dull + (images - dull) * saturation)
 
 
 def _pixels(values: Tensor) -> Tensor:

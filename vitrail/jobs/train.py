@@ -157,6 +157,7 @@ class _Job:
             place=self.place,
             average=self.average,
             mix=self._mix(),
+            mix_until=round((1 - run.mix_off) * self.pace.steps) if run.mix_off else None,
             frozen=frozen,
             evaluate=self._evaluate if self.data.val is not None else None,
             save=self.keeper.save,
@@ -231,9 +232,7 @@ class _Job:
 
     def _inputs(self, images: Tensor, padding: Tensor | None = None) -> Tensor:
         there = images.to(self.runtime.device, non_blocking=True)
-        if (
-            there.device.type == "cpu"
-        ):  # convolutions train up to a quarter quicker so, and the others as before
+        if there.device.type in ("cpu", "cuda"):  # convolutions are quicker so, and the others as before
             there = there.contiguous(memory_format=torch.channels_last)
         return normalise(there, self.preprocessing, padding=padding)
 
@@ -386,6 +385,8 @@ def _check(run: TrainRun) -> None:
         value = getattr(run, name)
         if value is not None and not bound <= value < float("inf"):
             raise ConfigError(f"{name} must be {bound} or more; got {value}.")
+    if not 0.0 <= run.mix_off <= 1.0:
+        raise ConfigError(f"mix_off is a share of the run, 0..1; got {run.mix_off}.")
 
 
 def _default_folder(run: TrainRun) -> str:

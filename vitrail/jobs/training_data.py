@@ -21,6 +21,7 @@ from vitrail.data.sources import Source
 from vitrail.data.transforms import Preprocess
 from vitrail.errors import ConfigError, DataError
 from vitrail.jobs import dense_data
+from vitrail.jobs.doctor import usable_cores
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime
 from vitrail.train.log import Note
@@ -168,6 +169,7 @@ def training_batches(
         return Resident(
             source, preprocessing, augmentation, options["batch_size"],
             device=runtime.device, seed=run.seed, rank=runtime.rank, world=runtime.world,
+            readers=usable_cores(),
         )  # fmt: skip
     return Loader(
         source, TrainTransform(preprocessing, augmentation), shuffle=True, drop_last=True, **options

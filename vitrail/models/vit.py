@@ -53,8 +53,9 @@ class Config:
     """H, heads of attention; they share the width."""
     hidden: int = 3072
     """F, width of the MLP's inner layer."""
-    stem: Literal["patch", "conv", "pool", "resnet"] = "patch"
-    """What projects patches: one linear map, strided convolutions, convolutions and pooling, or the hybrids' ResNet."""
+    stem: Literal["patch", "conv", "pool", "residual", "resnet"] = "patch"
+    """What projects patches: one linear map, strided convolutions, convolutions and pooling, the same with skips, or
+    the hybrids' ResNet."""
     stem_layers: tuple[int, ...] = ()
     """Units in each stage of the ResNet stem."""
     position: PositionKind = "learned"
@@ -139,7 +140,7 @@ def _check(config: Config) -> None:
             f"A ResNet stem of layers {config.stem_layers} has stride {_stem_stride(config)}: patch_size must be a"
             f" multiple of it; got {config.patch_size}."
         )
-    if config.stem in ("conv", "pool") and config.patch_size[0] != config.patch_size[1]:
+    if config.stem in ("conv", "pool", "residual") and config.patch_size[0] != config.patch_size[1]:
         raise ModelError(f"A convolutional stem needs a square patch; got {config.patch_size}.")
 
 
@@ -197,8 +198,9 @@ def _entry(config: Config, grid: Grid) -> Chain:
     parts: dict[str, nn.Module] = {}
     if config.stem == "conv":
         parts["patches"] = ConvStem(config.in_chans, config.width, config.patch_size[0])
-    elif config.stem == "pool":
-        parts["patches"] = PoolStem(config.in_chans, config.width, config.patch_size[0])
+    elif config.stem in ("pool", "residual"):
+        residual = config.stem == "residual"
+        parts["patches"] = PoolStem(config.in_chans, config.width, config.patch_size[0], residual)
     elif config.stem == "resnet":
         parts["stem"] = BitStem(config.in_chans, config.stem_layers)
         rest = (config.patch_size[0] // _stem_stride(config), config.patch_size[1] // _stem_stride(config))

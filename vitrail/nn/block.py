@@ -22,16 +22,30 @@ NormOrder = Literal["pre", "post", "res-post"]
 class DropPath(nn.Module):
     """Drops a whole residual branch for a share of the samples while training (stochastic depth, 1603.09382)."""
 
+    keep: Tensor | None
+    """Share of the samples whose branch stays, as a tensor, where blocks are compiled."""
+
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         self.rate = rate
+        self.register_buffer("keep", None, persistent=False)
 
     def forward(self, branch: Float[Tensor, B * rest]) -> Float[Tensor, B * rest]:
-        if not self.training or self.rate == 0.0:
+        if not self.training:
+            return branch
+        each = (branch.shape[0],) + (1,) * (branch.ndim - 1)
+        if self.keep is not None:
+            mask = torch.rand(each, device=branch.device) < self.keep
+            return branch * (mask / self.keep).to(branch.dtype)
+        if self.rate == 0.0:
             return branch
         keep = 1.0 - self.rate
-        mask = branch.new_empty((branch.shape[0],) + (1,) * (branch.ndim - 1)).bernoulli_(keep)
-        return branch * (mask / keep)
+        return branch * (branch.new_empty(each).bernoulli_(keep) / keep)
+
+    def share_code(self, device: torch.device) -> None:
+        """From here on the rate is an input of compiled code, so that blocks that differ in nothing else share it."""
+        if self.rate > 0.0:
+            self.keep = torch.tensor(1.0 - self.rate, device=device)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

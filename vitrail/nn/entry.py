@@ -91,19 +91,12 @@ class ConvStem(nn.Module):
 
     def __init__(self, channels: int, width: int, patch: int) -> None:
         super().__init__()
-        steps = halvings(patch)
         self.patch = (patch, patch)
         layers: list[nn.Module] = []
-        before = channels
-        for step in range(steps):
-            after = max(width // 2 ** (steps - 1 - step), 24)
-            layers += [
-                nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-            ]
-            before = after
-        self.layers = nn.Sequential(*layers, nn.Conv2d(before, width, 1))
+        for after in stem_widths(width, patch):
+            layers += convolution(channels, after, stride=2)
+            channels = after
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels, width, 1))
 
     def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
         check_divides(map.shape[2], map.shape[3], self.patch)
@@ -115,28 +108,57 @@ class PoolStem(nn.Module):
 
     Each layer is a 3 x 3 convolution at full resolution, ReLU, and a 3 x 3 maximum that halves the map, until one
     cell is a patch. Unlike CCT's, each has a batch norm before the ReLU: short runs need it.
+
+    With `residual`, one more convolution comes first, and two with a skip around them follow every pool but the last:
+    a small residual network, for which a run of some dozen epochs on pictures of its own learns more.
     """
 
-    def __init__(self, channels: int, width: int, patch: int) -> None:
+    def __init__(self, channels: int, width: int, patch: int, residual: bool = False) -> None:
         super().__init__()
-        steps = halvings(patch)
         self.patch = (patch, patch)
+        widths = [*stem_widths(width, patch)[:-1], width]
         layers: list[nn.Module] = []
-        before = channels
-        for step in range(steps):
-            after = max(width // 2 ** (steps - 1 - step), 24) if step < steps - 1 else width
-            layers += [
-                nn.Conv2d(before, after, 3, padding=1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(),
-                nn.MaxPool2d(3, stride=2, padding=1),
-            ]
-            before = after
+        if residual:
+            first = max(widths[0] // 2, 24)
+            layers += convolution(channels, first)
+            channels = first
+        for number, after in enumerate(widths):
+            layers += [*convolution(channels, after), nn.MaxPool2d(3, stride=2, padding=1)]
+            if residual and number < len(widths) - 1:
+                layers.append(Skip(after))
+            channels = after
         self.layers = nn.Sequential(*layers)
 
     def forward(self, map: Float[Tensor, "B C I J"], prefix: Prefix) -> tuple[Map, Prefix]:
         check_divides(map.shape[2], map.shape[3], self.patch)
         return self.layers(map), prefix
+
+
+class Skip(nn.Module):
+    """Two 3 x 3 convolutions, whose outcome is added to what went in."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*convolution(width, width), *convolution(width, width))
+
+    def forward(self, map: Map) -> Map:
+        out: Tensor = map + self.layers(map)
+        return out
+
+
+def convolution(channels: int, width: int, stride: int = 1) -> list[nn.Module]:
+    """A 3 x 3 convolution, batch norm and ReLU."""
+    return [
+        nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    ]
+
+
+def stem_widths(width: int, patch: int) -> list[int]:
+    """Channels after each halving of a convolutional stem: they double up to the width, from 24 at least."""
+    steps = halvings(patch)
+    return [max(width // 2 ** (steps - 1 - step), 24) for step in range(steps)]
 
 
 def halvings(patch: int) -> int:

@@ -43,6 +43,8 @@ class Training:
     average: Average | None = None
     mix: Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]] | None = None
     """Mixes images and labels; the generator is seeded anew for every batch."""
+    mix_until: int | None = None
+    """The step from which on nothing is mixed any more."""
     frozen: Sequence[nn.Module] = ()
     """Parts that stay in evaluation mode."""
     evaluate: Callable[[], tuple[Mapping[str, float], str]] | None = None
@@ -77,7 +79,7 @@ def train(training: Training) -> Iterator[Record]:
                 generator = seed_part(pace.seed, place.step, part, runtime.rank)
                 padding = padding_of(batch, runtime)
                 images, targets = t.inputs(batch.images, *padding), batch.targets.to(runtime.device)
-                if t.mix is not None:
+                if t.mix is not None and (t.mix_until is None or place.step < t.mix_until):
                     images, targets = t.mix(images, targets, generator)
                 with runtime.no_sync(t.network, more=part + 1 < pace.accumulate):
                     with runtime.autocast():
