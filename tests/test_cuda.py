@@ -1,4 +1,4 @@
-"""On a GPU: every family's float32 answers and gradients are the processor's, bfloat16 is near, pictures are the same."""
+"""On a GPU: every family's float32 answers and gradients are the processor's, bfloat16 is near, pictures agree."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def test_bfloat16_training_is_near(family: str) -> None:
         logits = there(images.cuda())
         logits.float().square().sum().backward()
     assert apart(logits.detach(), model(images).detach()) < 0.1
-    assert all(bool(torch.isfinite(weight.grad).all()) for weight in there.parameters() if weight.grad is not None)
+    assert all(
+        bool(torch.isfinite(weight.grad).all()) for weight in there.parameters() if weight.grad is not None
+    )
 
 
 def test_pictures_are_augmented_there_as_here(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import subprocess
@@ -17,9 +16,8 @@ import torch
 from tests.train import processes as processes_
 from tests.train.killed import pictures
 from vitrail.errors import ConfigError, UnsupportedError
-from vitrail.models.registry import create_model
 from vitrail.nn.block import DropPath
-from vitrail.runtime import Runtime, choose_device, choose_precision, has_bfloat16, open_runtime
+from vitrail.runtime import choose_device, choose_precision, has_bfloat16, open_runtime
 from vitrail.train.log import read_log
 
 ROOT = Path(__file__).parents[2]
@@ -54,19 +52,26 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert two["sum"] == pytest.approx(one["sum"], rel=1e-4)
 
 
-def test_equal_blocks_are_compiled_once_whatever_their_drop_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._dynamo.testing import CompileCounterWithBackend
+COMPILED = """
+import functools, torch
+from vitrail.models.registry import create_model
+from vitrail.runtime import Runtime
 
-    counter = CompileCounterWithBackend("eager")
-    network = create_model("vit_nano_patch4_32", drop_path_rate=0.3)
-    blocks = list(network.backbone.stages[0].blocks)
-    for block in blocks:
-        monkeypatch.setattr(block, "compile", functools.partial(block.compile, backend=counter))
-    Runtime(device=torch.device("cpu")).prepare(network, blocks=blocks, compile=True)
-    network.train()
-    network(torch.randn(4, 3, 32, 32)).sum().backward()
-    assert counter.frame_count == 2  # the first block, which drops nothing, and all others
-    torch.compiler.reset()
+network = create_model("vit_nano_patch4_32", drop_path_rate=0.3).train()
+blocks = list(network.backbone.stages[0].blocks)
+for block in blocks:
+    block.compile = functools.partial(block.compile, backend="eager")
+Runtime(device=torch.device("cpu")).prepare(network, blocks=blocks, compile=True)
+network(torch.randn(4, 3, 32, 32)).sum().backward()
+print(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+"""
+
+
+def test_equal_blocks_are_compiled_once_whatever_their_drop_path() -> None:
+    # In a process of its own: the shape checks of tests are not for the compiler.
+    start = {"env": {**os.environ, "PYTHONPATH": str(ROOT)}, "timeout": 120}
+    done = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, **start)
+    assert done.stdout.strip() == "2", done.stderr  # the first block, which drops nothing, and all others
 
 
 def test_a_compiled_drop_path_drops_the_share_that_it_should_and_keeps_the_mean() -> None:
@@ -74,7 +79,7 @@ def test_a_compiled_drop_path_drops_the_share_that_it_should_and_keeps_the_mean(
     drop.share_code(torch.device("cpu"))
     torch.manual_seed(0)
     kept = drop.train()(torch.ones(20_000, 1))
-    assert set(kept.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert kept.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
     assert float((kept == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
     assert torch.equal(drop.eval()(kept), kept) and not drop.state_dict()
 
