@@ -76,6 +76,23 @@ def test_auto_measures_once_when_there_is_much_to_do_and_remembers(
     assert open_engine(model, "torch").name == "torch"
 
 
+def test_what_was_measured_for_a_model_that_ships_is_remembered_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("vitrail.engines.prepare.shipped.ASSETS", tmp_path)
+    monkeypatch.setattr(choose, "WORTH", 0.0)
+    monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
+    monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 2.0})
+    model = colour_model(tmp_path / "model")
+    with untyped():
+        hurry(open_engine(model), str(model), "auto", images=1000, batch_size=4)
+    assert not (model / FOLDER).exists()
+    assert open_engine(model).name == "onnxruntime"
+
+
 def test_auto_stays_with_torch_where_it_is_as_quick(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "WORTH", 0.0)
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])

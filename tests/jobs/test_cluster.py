@@ -127,7 +127,7 @@ def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_ki
     slow: Any = vitrail.create_model("vit_tiny_patch16_224", img_size=(128, 128), num_classes=3)
     slow.save_pretrained(model)
     folder.mkdir()
-    marked = {**os.environ, "VITRAIL_TEST_JOB": str(out)}
+    marked, said = {**os.environ, "VITRAIL_TEST_JOB": str(out)}, tmp_path / "said"
     with zipfile.ZipFile(data_dir / "cifar10" / "test.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[:5000]
         for name in names:
@@ -136,9 +136,8 @@ def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_ki
     def start() -> Any:
         command = [sys.executable, "-m", "vitrail", "predict", str(model), str(folder), "--cluster"]
         command += ["--output", str(out), "--workers", "2"]
-        return subprocess.Popen(
-            command, stderr=subprocess.PIPE, text=True, start_new_session=True, env=marked
-        )
+        with said.open("w") as stderr:  # a pipe that nobody reads would fill and stop the job
+            return subprocess.Popen(command, stderr=stderr, start_new_session=True, env=marked)
 
     def family() -> list[Any]:
         """The processes of the job: Ray's leave their parents but keep what they inherited; its workers write their
@@ -187,9 +186,8 @@ def test_five_thousand_pictures_are_told_once_though_a_worker_and_the_job_are_ki
         before = len(told())
         assert 1500 <= before < 5000 and len(set(told())) == before
         job = start()
-        _, said = job.communicate(timeout=600)
-        assert job.returncode == 0, said
-        assert "5000 images" in said and len(told()) == 5000
+        assert job.wait(timeout=600) == 0, said.read_text()
+        assert "5000 images" in said.read_text() and len(told()) == 5000
         assert set(told()) == {str(path) for path in folder.iterdir()}
     finally:
         end()

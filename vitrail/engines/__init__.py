@@ -113,12 +113,11 @@ def _quick(model: str | Path, engine: str, device: str, precision: str) -> Engin
     if not asked and (engine != "auto" or device not in ("auto", "cpu")):
         return None
     from vitrail.engines import choose
-    from vitrail.engines.prepare import FOLDER, Shelf
+    from vitrail.engines.prepare import Shelf, perhaps
     from vitrail.runtime import choose_device, choose_precision
-    from vitrail.weights.folder import model_folder
 
     place = choose_device(device)
-    if not asked and precision != "int8" and not (model_folder(model) / FOLDER).is_dir():
+    if not asked and precision != "int8" and not perhaps(model):
         return None
     if place.type != "cpu":
         logger.warning("engine %s runs on the CPU; on %s torch does the work", engine, place)

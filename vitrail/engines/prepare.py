@@ -42,6 +42,22 @@ GRAPH = "graph.onnx"
 CHOICE = "choice.json"
 
 
+def perhaps(model: str | Path) -> bool:
+    """Whether a model may have graphs; a look at folders alone, where a Shelf reads the weights."""
+    folder = model_folder(model)
+    return (folder / FOLDER).is_dir() or (not _takes_graphs(folder) and away_from_models().is_dir())
+
+
+def away_from_models() -> Path:
+    """Where the graphs of models lie whose folders take none."""
+    return Path.home() / ".cache/vitrail/engines"
+
+
+def _takes_graphs(folder: Path) -> bool:
+    """Whether graphs may be written into a model's folder; the package is not a place to write to."""
+    return os.access(folder, os.W_OK) and folder.parent != shipped.ASSETS
+
+
 class Shelf:
     """Where the graphs of one model folder are kept."""
 
@@ -66,11 +82,10 @@ class Shelf:
 
     def place(self) -> Path:
         """The folder of this model's graphs, whether there is one yet or not."""
-        beside, away = self.model / FOLDER / self.key, Path.home() / ".cache/vitrail/engines" / self.key
+        beside, away = self.model / FOLDER / self.key, away_from_models() / self.key
         if (away / GRAPH).exists() and not (beside / GRAPH).exists():
             return away
-        ours = self.model.parent == shipped.ASSETS  # the package is not a place to write to
-        return beside if beside.exists() or (os.access(self.model, os.W_OK) and not ours) else away
+        return beside if beside.exists() or _takes_graphs(self.model) else away
 
     def graph(self) -> Path | None:
         """The prepared graph, if there is one."""
