@@ -153,6 +153,12 @@ def test_a_folder_of_another_library_is_read(tmp_path: Path) -> None:
     assert folder.load(tmp_path)[1].preprocessing.input_size == (384, 384)
 
 
+def test_a_run_without_a_model_says_that_it_has_not_ended(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(WeightsError, match="has not written its model yet: wait until it has ended, or stop it"):
+        folder.load(tmp_path)
+
+
 def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is no folder"):
         folder.load(tmp_path / "none")

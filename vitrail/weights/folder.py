@@ -129,6 +129,11 @@ def model_folder(folder: str | Path) -> Path:
     if place is None:
         ships = ", ".join(shipped.names())
         raise WeightsError(f"{folder} is no folder{f', and no model that ships ({ships})' if ships else ''}.")
+    if (place / "metrics.jsonl").exists() and not (place / CONFIG).exists():
+        raise WeightsError(
+            f"{place} is a run that has not written its model yet: wait until it has ended, or stop it with Ctrl-C,"
+            " and it writes what it has learned."
+        )
     return place
 
 
