@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import json
 import logging
 import os
 import shutil
@@ -229,6 +230,30 @@ def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(
     lines = [record.getMessage() for record in caplog.records]
     assert not any("503" in line for line in lines) and any("refused since" in line for line in lines)
     assert small.count("admitted_total") == small.count("finished_total") == 4
+
+
+def test_a_connection_that_was_refused_for_want_of_room_is_answered_later(small: Running) -> None:
+    free = held(small)
+    inside = small.house.places["first"].admission
+    body = picture(size=(600, 500))
+    assert len(body) > 65_536  # it comes in pieces, most of them after the answer
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(small.predict, picture(seed)) for seed in range(4)]
+        until(lambda: inside.images == 4)
+        lasting = http.client.HTTPConnection("127.0.0.1", small.port, timeout=30)
+        for identity in ("one", "two"):
+            lasting.request("POST", "/predict", body, {"X-Request-Id": identity, "Connection": "keep-alive"})
+            refused = lasting.getresponse()
+            assert (refused.status, json.loads(refused.read())["code"]) == (503, "full")
+            assert refused.headers["x-request-id"] == identity and refused.headers["x-content-type-options"]
+        free.set()
+        assert [one.result().status for one in waiting] == [200] * 4
+    same = lasting.sock
+    lasting.request("POST", "/predict", body)
+    answered = lasting.getresponse()
+    assert answered.status == 200 and json.loads(answered.read())["results"]
+    assert lasting.sock is same
+    lasting.close()
 
 
 def test_deadlines_and_clients_that_leave(small: Running) -> None:

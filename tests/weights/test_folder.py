@@ -155,7 +155,9 @@ def test_a_folder_of_another_library_is_read(tmp_path: Path) -> None:
 
 def test_a_run_without_a_model_says_that_it_has_not_ended(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
-    with pytest.raises(WeightsError, match="has not written its model yet: wait until it has ended, or stop it"):
+    with pytest.raises(
+        WeightsError, match="has not written its model yet: wait until it has ended, or stop it"
+    ):
         folder.load(tmp_path)
 
 

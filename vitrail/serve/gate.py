@@ -10,7 +10,7 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from typing import Any
 
 from vitrail.serve import settings
@@ -71,15 +71,40 @@ class Gate:
         self.full, self.full_told = 0, 0.0
         """Requests refused as full since that was last told in the log."""
 
+    def turn_away(self, method: str, path: str, pairs: Iterable[tuple[bytes, bytes]]) -> bytes | None:
+        """The whole answer to a request that has no room, where its head alone tells; None for all others.
+
+        Under overload most requests are of this kind, and a task for each of them would take the cores from those
+        that are let in.
+        """
+        begun, headers = time.monotonic(), _texts(pairs)
+        lasting = headers.get("connection", "keep-alive").lower() == "keep-alive"
+        if self.draining() or not lasting or headers.keys() & {"expect", "upgrade"}:
+            return None
+        state: dict[str, Any] = {"headers": headers}
+        try:
+            self._check(path, headers)
+            self.early({"path": path, "method": method, "query_string": b"", "state": state})
+            return None
+        except Refusal as refusal:
+            if refusal.code != "full":
+                return None
+            body = json.dumps(refusal.body()).encode()
+            lines = [*_refused(refusal, body), *HEADERS, (b"x-request-id", _identity(headers).encode())]
+        route = state["route"]
+        self.metrics.requests.labels(route, "503").inc()
+        self.metrics.refusals.labels("full").inc()
+        self.metrics.seconds.labels(route).observe(time.monotonic() - begun)
+        self._many({"refused": "full"})
+        head = b"".join(b"%s: %s\r\n" % line for line in lines)
+        return b"HTTP/1.1 503 Service Unavailable\r\n" + head + b"\r\n" + body
+
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
-        }
-        asked = headers.get("x-request-id", "")
-        identity = asked if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", asked) else uuid.uuid4().hex
+        headers = _texts(scope["headers"])
+        identity = _identity(headers)
         state = scope.setdefault("state", {})
         state.update(request_id=identity, begun=time.monotonic(), headers=headers)
         answer = _Answer(send, identity, self.draining)
@@ -170,15 +195,32 @@ class _Answer:
             self.complete = True
 
 
+def _texts(pairs: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """Headers as text, by names in small letters."""
+    return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in pairs}
+
+
+def _identity(headers: Mapping[str, str]) -> str:
+    """The id that a request brings, or a new one."""
+    asked = headers.get("x-request-id", "")
+    return asked if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", asked) else uuid.uuid4().hex
+
+
+def _refused(refusal: Refusal, body: bytes) -> list[tuple[bytes, bytes]]:
+    """The headers of every refusal."""
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if refusal.retry_after is not None:
+        headers.append((b"retry-after", str(refusal.retry_after).encode()))
+    return headers
+
+
 async def refuse(receive: Receive, send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
     """Answer with a refusal."""
     state["refused"] = refusal.code
     if refusal.close and refusal.code != "slow_body" and "expect" not in state["headers"]:
         await _discard(receive)
     body = json.dumps(refusal.body()).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refusal.retry_after is not None:
-        headers.append((b"retry-after", str(refusal.retry_after).encode()))
+    headers = _refused(refusal, body)
     if refusal.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     if refusal.close:

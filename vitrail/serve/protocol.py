@@ -18,6 +18,8 @@ class GuardedProtocol(HttpToolsProtocol):
     head_bytes = 0
     in_head = True
     tail = b""
+    away = False
+    """Whether the request was answered by its head alone; the body is not kept."""
     timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -60,18 +62,40 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._stop_clock()
         self.in_head = False
-        super().on_headers_complete()
+        self.away = self._turned_away()
+        if not self.away:
+            super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         """Hand it on, unless its head was refused."""
-        if not self.in_head:
+        if not self.in_head and not self.away:
             super().on_body(body)
 
     def on_message_complete(self) -> None:
         """What comes next is a head again."""
-        if not self.in_head:
+        if self.away:
+            self._stop_clock()
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+        elif not self.in_head:
             super().on_message_complete()
-        self.in_head, self.head_bytes, self.tail = True, 0, b""
+        self.in_head, self.head_bytes, self.tail, self.away = True, 0, b"", False
+
+    def _turned_away(self) -> bool:
+        """Answers at once a request that has no room; its body is then read over, for as long as bodies may take."""
+        answers_wait = (
+            self.cycle is not None and not self.cycle.response_complete
+        )  # pipelining: theirs come first
+        if answers_wait or self.parser.get_http_version() != "1.1" or self.url != b"/predict":
+            return False
+        gate: Any = self.config.app
+        answer = gate.turn_away(self.parser.get_method().decode(), "/predict", self.headers)
+        if answer is None:
+            return False
+        self.transport.write(answer)
+        self.timer = self.loop.call_later(settings.BODY_SECONDS, self._too_slow)
+        return True
 
     def _stop_clock(self) -> None:
         if self.timer is not None:
