@@ -1,9 +1,10 @@
 """int8 after training: weights by channel, activations by what calibration pictures showed (NNCF on OpenVINO).
 
 If the answers stray, layers that are known to be touchy stay in float32, a group more at each try, until the
-bound holds or nothing is left to keep: first the patch embedding and the head (few products, much influence),
-then the second layers of the MLPs (their inputs, after the GELU, have far outliers), then the products of
-attention. What was kept is reported.
+bound holds or nothing is left to keep: first depthwise convolutions (a few weights a channel, and one scale for
+channels of very different strength: they alone cost PVT v2 two thirds of its answers), then the patch embedding and
+the head (few products, much influence), then the second layers of the MLPs (their inputs, after the GELU, have far
+outliers), then the products of attention. What was kept is reported.
 """
 
 from __future__ import annotations
@@ -29,17 +30,32 @@ class Rung(NamedTuple):
     """How much of an activation's outliers goes over into the weights before it (SmoothQuant's alpha); -1: nothing."""
 
 
-# SmoothQuant comes second and mild: NNCF's own strength cost PVT v2 half of its answers (docs/log.md).
+PRODUCTS = ("MatMul", "Convolution", "GroupConvolution")
+
+# SmoothQuant is mild: NNCF's own strength cost PVT v2 half of its answers (docs/log.md).
 LADDER = (
     Rung("everything is int8", ()),
-    Rung("everything is int8, outliers smoothed", (), smooth=0.5),
-    Rung("patch embedding and head stay in float32", ("stem", "head")),
-    Rung("patch embedding, head and the MLPs' second layers stay in float32", ("stem", "head", "fc2")),
+    Rung("depthwise convolutions stay in float32", ("depthwise",)),
+    Rung(
+        "everything is int8, depthwise convolutions excepted, outliers smoothed", ("depthwise",), smooth=0.5
+    ),
+    Rung("patch embedding and head stay in float32", ("depthwise", "stem", "head")),
+    Rung(
+        "patch embedding, head and the MLPs' second layers stay in float32",
+        ("depthwise", "stem", "head", "fc2"),
+    ),
     Rung(
         "only the MLPs' first layers and the projections of attention are int8",
-        ("stem", "head", "fc2", "products"),
+        ("depthwise", "stem", "head", "fc2", "products"),
     ),
 )
+
+
+def ladder(onnx: Path) -> list[Rung]:
+    """The ways to try with the network of an ONNX file, one after the other: one without depthwise convolutions needs
+    no try that keeps them alone."""
+    depthwise = "depthwise" in _parts(onnx).values()
+    return [rung for rung in LADDER if depthwise or rung.parts != ("depthwise",) or rung.smooth >= 0]
 
 
 def quantise(onnx: Path, batches: Sequence[Any], rung: Rung) -> Any:
@@ -68,7 +84,7 @@ def quantise(onnx: Path, batches: Sequence[Any], rung: Rung) -> Any:
 
 def quantised_products(model: Any) -> tuple[int, int]:
     """How many matrix products and convolutions of an openvino.Model are int8, and how many there are."""
-    products = [node for node in model.get_ops() if node.get_type_name() in ("MatMul", "Convolution")]
+    products = [node for node in model.get_ops() if node.get_type_name() in PRODUCTS]
     done = [node for node in products if any("FakeQuantize" in _before(node, place) for place in (0, 1))]
     return len(done), len(products)
 
@@ -98,22 +114,32 @@ def _names(model: Any, onnx: Path, parts: tuple[str, ...]) -> list[str]:
     """Operations of the openvino.Model that belong to parts of the network."""
     if not parts:
         return []
-    import onnx as library
-
-    graph = library.load(str(onnx), load_external_data=False).graph
-    wanted = {node.name for node in graph.node if _part(node) in parts}
+    wanted = {name for name, part in _parts(onnx).items() if part in parts}
     return [
         operation.get_friendly_name()
         for operation in model.get_ops()
-        if operation.get_type_name() in ("MatMul", "Convolution")
-        and operation.get_friendly_name().split("/")[0] in wanted
+        if operation.get_type_name() in PRODUCTS and operation.get_friendly_name().split("/")[0] in wanted
     ]
 
 
-def _part(node: Any) -> str:
-    """The part of the network that a node of the ONNX graph belongs to, by the names of the modules around it."""
-    if node.op_type not in ("MatMul", "Gemm", "Conv"):
-        return ""
+def _parts(onnx: Path) -> dict[str, str]:
+    """The part of the network that each product of an ONNX file belongs to, by its name."""
+    import onnx as library
+
+    graph = library.load(str(onnx), load_external_data=False).graph
+    shapes = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    return {
+        node.name: _part(node, shapes.get(node.input[1], ()))
+        for node in graph.node
+        if node.op_type in ("MatMul", "Gemm", "Conv")
+    }
+
+
+def _part(node: Any, weight: tuple[int, ...]) -> str:
+    """The part of a product with a weight of this shape, by the names of the modules around it."""
+    groups = next((attribute.i for attribute in node.attribute if attribute.name == "group"), 1)
+    if groups > 1 and weight[1:2] == (1,):
+        return "depthwise"
     scopes = next((e.value for e in node.metadata_props if e.key == "pkg.torch.onnx.name_scopes"), "[]")
     names = [name for name in ast.literal_eval(scopes) if name]
     owner = names[-2] if len(names) > 1 else ""  # the last name is the operation's own

@@ -284,7 +284,7 @@ def _quantised(
         for part in _calibration(run, reference)
     ]
     folder = work / "openvino"
-    for rung in quantise.LADDER:
+    for rung in quantise.ladder(graph):
         logger.info("quantising: %s", rung.words)
         model = quantise.quantise(graph, batches, rung)
         done, products = quantise.quantised_products(model)
