@@ -214,6 +214,24 @@ def answering(engine: Engine) -> Callable[[Sequence[Tensor]], Tensor]:
     return answer
 
 
+class Remembered:
+    """Answers to the same pictures in the same order, computed once for any number of proofs."""
+
+    def __init__(self, answer: Callable[[Sequence[Tensor]], Tensor]) -> None:
+        self.answer, self.given, self.place = answer, list[Tensor](), 0
+
+    def again(self) -> Remembered:
+        """From the first pictures on."""
+        self.place = 0
+        return self
+
+    def __call__(self, pictures: Sequence[Tensor]) -> Tensor:
+        if self.place == len(self.given):
+            self.given.append(self.answer(pictures))
+        self.place += 1
+        return self.given[self.place - 1]
+
+
 def _built(
     run: ExportRun,
     work: Path,
@@ -224,6 +242,7 @@ def _built(
     watch: Callable[[int, int], None] | None,
 ) -> tuple[Path, Label, Proof | DenseProof]:
     """The artefact under its working name, with the proof in its label."""
+    expected = Remembered(answering(reference))
 
     def proved(path: Path) -> Proof | DenseProof:
         candidate = open_artefact(path)
@@ -233,7 +252,7 @@ def _built(
         if isinstance(pictures, DensePictures):
             return export_dense.prove(reference, candidate, pictures, count)
         return prove(
-            answering(reference),
+            expected.again(),
             answering(candidate),
             pictures,
             precision=candidate.precision,
