@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from vitrail.errors import ConfigError, ModelError
 from vitrail.jobs import compare as jobs
 from vitrail.jobs.compare import Cell, Price, by_model, compare, exponents
 from vitrail.jobs.compare_report import write_report
+from vitrail.jobs.models import count
+from vitrail.jobs.train import TrainResult
+from vitrail.models import registry
 from vitrail.runs import CompareRun
 
 
@@ -100,6 +104,37 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     found = compare(run)
     assert len(found.cells) == len(compare(run).cells) == 4
     assert done == [(models[0], 0.5), (models[1], 0.5), (models[0], 1.0), (models[0], 1.0), (models[1], 1.0)]
+
+
+def test_trainings_that_differ_do_not_meet_in_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        jobs, "_train", lambda run, folder, name, share, seed, _: cell(name, 0.5, share, seed)
+    )
+    run = CompareRun(data=("d",), models=("vit_nano_patch4_32",), part="accuracy", output=str(tmp_path))
+    compare(run)
+    with pytest.raises(ConfigError, match=r"holds a comparison with data d \(now e\), epochs None \(now 2\)"):
+        compare(dataclasses.replace(run, data=("e",), epochs=2))
+    assert len(compare(dataclasses.replace(run, seeds=2)).cells) == 2
+
+
+def test_an_interrupted_training_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stopped = TrainResult(
+        folder=tmp_path, model=tmp_path, scores={"val": {"acc1": 0.1}}, step=1, seconds=1.0, reason="interrupted"
+    )  # fmt: skip
+    monkeypatch.setattr(jobs, "train", lambda record, reporter=None: stopped)
+    run = CompareRun(data=("d",), models=("vit_nano_patch4_32",), part="accuracy", output=str(tmp_path / "c"))
+    with pytest.raises(KeyboardInterrupt):
+        compare(run)
+    assert not (tmp_path / "c" / "cells.jsonl").exists()
+
+
+def test_a_network_is_counted_as_it_was_trained() -> None:
+    name = "setr_pup_nano"
+    small = count(name, registry.variant(name, img_size=(96, 128), num_classes=5))
+    assert small.multiply_adds < 0.5 * count(name).multiply_adds
+    assert small.parameters < count(name).parameters
 
 
 @pytest.mark.parametrize(

@@ -21,15 +21,17 @@ from typing import Any, Literal
 
 from vitrail.config import from_dict, to_dict
 from vitrail.data.dense import kinds_of
+from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError
 from vitrail.jobs.bench import bench
 from vitrail.jobs.dense_data import task_of
 from vitrail.jobs.models import count
-from vitrail.jobs.train import train
+from vitrail.jobs.train import TrainResult, train
 from vitrail.models import registry
 from vitrail.runs import BenchRun, CompareRun, TrainRun
 from vitrail.tasks.choose import facts_of
 from vitrail.train.log import Note, Reporter
+from vitrail.weights import folder as folders
 
 SMALL = (
     "vit_nano_patch4_32",
@@ -123,6 +125,8 @@ def compare(run: CompareRun, reporter: Reporter | None = None) -> Comparison:
     run = dataclasses.replace(run, batch_size=batch_of(run))
     folder = Path(run.output)
     folder.mkdir(parents=True, exist_ok=True)
+    if run.part != "cost":
+        claim(run, folder)
     say: Callable[[str], None] = lambda text: reporter(Note(text=text)) if reporter is not None else None  # noqa: E731
     cells = list(_cells(run, folder, say, reporter)) if run.part != "cost" else []
     prices = list(_prices(run, folder, say)) if run.part != "accuracy" else []
@@ -148,6 +152,36 @@ def check(run: CompareRun) -> None:
         raise ConfigError(f"sizes must grow, each once; got {' '.join(map(str, run.sizes))}.")
     for name in (*models_of(run), *sized_of(run)):
         registry.variant(name)
+
+
+EQUAL = (
+    "data", "val", "classes", "ignore", "reduce_zero", "epochs", "minutes", "batch_size", "img_size", "opt", "lr",
+)  # fmt: skip
+"""What must be equal for trainings to stand in one table."""
+
+
+def claim(run: CompareRun, folder: Path) -> None:
+    """Notes what the folder's trainings have in common. Raises ConfigError where those that lie there differ in it."""
+    told = {name: value for name, value in to_dict(run).items() if name in EQUAL}
+    file = folder / "budget.json"
+    if not file.is_file():
+        write_atomically(file, json.dumps(told, indent=2).encode())
+        return
+    kept = json.loads(file.read_text(encoding="utf-8"))
+    other = [
+        f"{name} {_words(kept.get(name))} (now {_words(told[name])})"
+        for name in EQUAL
+        if kept.get(name) != told[name]
+    ]
+    if other:
+        raise ConfigError(
+            f"{folder} holds a comparison with {', '.join(other)}, and one table needs equal trainings: give another"
+            " --output, or remove the folder."
+        )
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) or "left out" if isinstance(value, list) else str(value)
 
 
 def models_of(run: CompareRun) -> tuple[str, ...]:
@@ -224,12 +258,14 @@ def _train(
         speed = _speed(run, name)
         record = dataclasses.replace(record, steps=max(1, round(run.minutes * 60 * speed / batch_of(run))))
     result = train(record, reporter)
+    if result.reason == "interrupted":
+        raise KeyboardInterrupt  # it goes on from its checkpoint when the comparison does
     split = "test" if "test" in result.scores else "val"
     if split not in result.scores:
         raise ConfigError(
             "A comparison needs pictures to score on: give --val, or data with a val or test split."
         )
-    cost = count(name)
+    cost = count(name, _built(name, result))
     score = facts_of(task_of(name, None) or "image-classification").score
     return Cell(
         model=name,
@@ -244,6 +280,12 @@ def _train(
         parameters=cost.parameters,
         multiply_adds=cost.multiply_adds,
     )
+
+
+def _built(name: str, result: TrainResult) -> Any:
+    """The configuration that was trained: it has other classes than the variant, and perhaps another size."""
+    card = folders.load(result.model)[1]
+    return from_dict(registry.family_of(name).Config, card.config, where=f"{result.model}/config.json")
 
 
 def _speed(run: CompareRun, name: str) -> float:

@@ -110,7 +110,8 @@ def _accuracy(folder: Path, cells: list[Cell]) -> list[str]:
     largest = max(cell.share for cell in cells)
     split = cells[0].split
     parts = [
-        f"<h2>Accuracy at equal budget ({html.escape(split)})</h2>",
+        f"<h2>{score_words(cells).capitalize() if cells[0].score == 'acc1' else score_words(cells)} at equal budget"
+        f" ({html.escape(split)})</h2>",
         _table(accuracy_columns(cells), accuracy_rows(cells)),
         f"<p class='faint'>{html.escape(RULE)}.</p>",
         _picture(folder / "accuracy.png", _draw_accuracy(cells, largest), "Accuracy against multiply-adds"),
@@ -148,25 +149,29 @@ def _figure(columns: int = 1, width: float = 7.0, height: float = 4.4) -> Any:
     return plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
 
 
-def _styles() -> list[tuple[Any, str]]:
-    """A colour and a mark for each model: the marks tell them apart without colour, too."""
+def _styles(count: int) -> list[tuple[Any, str]]:
+    """A colour and a mark for each model, as far apart as they get: the marks tell them apart without colour, too."""
     import matplotlib
 
     colours = matplotlib.colormaps["viridis"]
     marks = "osD^vP*X<>hp"
-    return [(colours(0.05 + 0.85 * index / 11), marks[index % len(marks)]) for index in range(12)]
+    return [
+        (colours(0.05 + 0.85 * index / max(count - 1, 1)), marks[index % len(marks)])
+        for index in range(count)
+    ]
 
 
 def _draw_accuracy(cells: list[Cell], share: float) -> bytes:
     figure, axes = _figure()
     axis = axes[0][0]
     rows = by_model(cells, share)
-    for (name, (mean, spread, cell)), (colour, mark) in zip(rows.items(), _styles() * 9, strict=False):
+    for (name, (mean, spread, cell)), (colour, mark) in zip(rows.items(), _styles(len(rows)), strict=True):
         axis.errorbar(
             cell.multiply_adds / 1e9, 100 * mean, yerr=100 * spread, color=colour, marker=mark, markersize=8,
             capsize=3, linestyle="none", label=f"{name} ({cell.parameters / 1e6:.1f} M)",
         )  # fmt: skip
     axis.set_xscale("log")
+    _plain_numbers(axis.xaxis)
     axis.set_xlabel("GFLOPs (10^9 multiply-adds)")
     axis.set_ylabel(f"{score_words(cells)}, %")
     _finish_axis(axis)
@@ -178,7 +183,7 @@ def _draw_efficiency(cells: list[Cell]) -> bytes:
     figure, axes = _figure()
     axis = axes[0][0]
     names = list(by_model(cells, max(cell.share for cell in cells)))
-    for name, (colour, mark) in zip(names, _styles() * 9, strict=False):
+    for name, (colour, mark) in zip(names, _styles(len(names)), strict=True):
         shares = sorted({cell.share for cell in cells if cell.model == name})
         means = [100 * by_model(cells, share)[name][0] for share in shares]
         axis.plot([100 * share for share in shares], means, color=colour, marker=mark, label=name)
@@ -200,7 +205,7 @@ def _draw_costs(prices: list[Price]) -> bytes:
     names = list(dict.fromkeys(price.model for price in prices))
     for axis, quantity in zip(axes[0], QUANTITIES, strict=True):
         powers = exponents(prices, quantity)
-        for name, (colour, mark) in zip(names, _styles() * 9, strict=False):
+        for name, (colour, mark) in zip(names, _styles(len(names)), strict=True):
             own = sorted((price for price in prices if price.model == name), key=lambda price: price.size)
             heights = [getattr(price, quantity) / scale[quantity] for price in own]
             label = f"{name}: N^{powers[name]:.2f}" if name in powers else name
@@ -210,11 +215,24 @@ def _draw_costs(prices: list[Price]) -> bytes:
         axis.set_xticks(sorted({price.size for price in prices}))
         axis.get_xaxis().set_major_formatter("{x:g}")
         axis.minorticks_off()
+        _plain_numbers(axis.yaxis)
         axis.set_xlabel("picture side, pixels")
         axis.set_title(f"{QUANTITIES[quantity]}, {words[quantity]}", fontsize=10)
         _finish_axis(axis)
         axis.legend(fontsize=7, frameon=False)
     return _png(figure)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Numbers on a logarithmic axis that less than a decade may span: 0.5, 0.6, 0.8 and not one power of ten."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    low, high = axis.get_view_interval()
+    steps = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 8)
+    axis.set_major_locator(LogLocator(subs=steps, numticks=12))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _finish_axis(axis: Any) -> None:

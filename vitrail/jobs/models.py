@@ -72,9 +72,9 @@ def row(name: str) -> Row:
     return Row(name, family, known.parameters, known.gflops, config.img_size)
 
 
-def count(name: str) -> Cost:
-    """One network, built on the meta device and counted."""
-    config = registry.variant(name)
+def count(name: str, config: Any = None) -> Cost:
+    """One network, built on the meta device and counted, in a configuration of its own if one is given."""
+    config = config or registry.variant(name)
     with torch.device("meta"):
         model = registry.from_config(name, config)
     return cost(model, config.img_size, config.in_chans)
