@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -120,7 +121,10 @@ def test_pictures_without_labels_and_without_boxes_are_told_apart(tmp_path: Path
         (coco([image(1, "1.png")], [box(1, 5, 1, 1, 5, 5)]), r"category_id 5 \(1 times\)"),
         (coco([image(1, "1.png")], [box(77, 1, 1, 1, 5, 5)]), r"image_id 77 \(1 times\)"),
         (coco([image(1, "1.png")], [{"image_id": 1, "category_id": 1}]), "no bbox"),
-        (coco([image(1, "1.png")], [box(1, 1, 1, 1, 5)]), "annotation 0 is not whole"),
+        (
+            coco([image(1, "1.png")], [box(1, 1, 1, 1, 5)]),
+            r"annotation 0 is not whole: bbox is \[left.*got \[1, 1, 5\]",
+        ),
         (coco([image(1, "1.png"), image(1, "2.png")], []), "images with the same id"),
         (coco([image(1, "9.png")], []), "none of its 1 images is there"),
         (coco([image(1, "1.png")], [], ((1, "cat"), (2, "cat"))), "categories with the same name"),
@@ -281,3 +285,22 @@ def test_kinds_are_told_by_names(tmp_path: Path) -> None:
     assert kinds_of([packed(both, tmp_path / "both")]) == ("boxes", "masks")
     with pytest.raises(DataError, match="different kinds of data"):
         kinds_of([folders, packed(small_voc(), tmp_path / "voc")])
+
+
+def test_a_mask_that_cannot_be_read_is_left_out_of_every_count(tmp_path: Path) -> None:
+    tree = {f"images/{n}.png": picture(n) for n in range(4)}
+    tree |= {f"masks/{n}.png": mask(np.full((24, 32), n % 2)) for n in range(3)} | {"masks/3.png": b"nonsense"}
+    splits = open_masks([packed(tree, tmp_path)], val_share=0.0)
+    assert splits.everything.listed["unreadable masks"][0].endswith("(no picture in any known format).")
+    assert splits.everything.counts() == {"class 0": 1536, "class 1": 768}
+
+
+def test_panoptic_annotations_are_named(tmp_path: Path) -> None:
+    told = {
+        "images": [image(1, "1.png")],
+        "categories": [],
+        "annotations": [{"segments_info": [], "image_id": 1}],
+    }
+    tree = {"annotations/panoptic_train.json": json.dumps(told).encode(), "train/1.png": picture(1)}
+    with pytest.raises(DataError, match="panoptic annotations, which vitrail does not read"):
+        open_boxes([packed(tree, tmp_path)])

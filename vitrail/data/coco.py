@@ -89,6 +89,11 @@ def _table(store: Store, entry: int, where: str) -> Mapping[str, Any]:
     wanted = ("images", "annotations", "categories")
     if not isinstance(table, dict) or not all(isinstance(table.get(key), list) for key in wanted):
         raise DataError(f"{where}: COCO json has the lists images, annotations and categories.")
+    if any(isinstance(item, dict) and "segments_info" in item for item in table["annotations"][:1]):
+        raise DataError(
+            f"{where}: panoptic annotations, which vitrail does not read; it reads boxes: give the instances_*.json"
+            " of these pictures."
+        )
     return table
 
 
@@ -120,7 +125,7 @@ def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> di
             elif item["image_id"] not in boxes:
                 strange[f"image_id {item['image_id']}"] += 1
             elif item.get("bbox"):
-                left, top, wide, tall = (float(value) for value in item["bbox"])
+                left, top, wide, tall = _edges(item["bbox"])
                 area = item.get("area")
                 box = Box(
                     names[item["category_id"]], left, top, left + wide, top + tall,
@@ -129,15 +134,28 @@ def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> di
                 boxes[item["image_id"]].append(box)
             else:
                 strange["no bbox"] += 1
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where}: annotation {item.get('id')} is not whole ({error!r}).") from None
+        except KeyError as error:
+            raise DataError(f"{where}: annotation {item.get('id')} has no {error.args[0]}.") from None
+        except (AttributeError, TypeError, ValueError) as error:
+            told = f"annotation {item.get('id')}" if isinstance(item, dict) else "an annotation"
+            raise DataError(f"{where}: {told} is not whole: {error}.") from None
     if strange:
         told = some(f"{name} ({count} times)" for name, count in strange.items())
+        told_names = f"categories {some(names)}" if names else "no categories"
         raise DataError(
-            f"{where}: annotations that fit nothing: {told}. It has categories {some(names)} and"
+            f"{where}: annotations that fit nothing: {told}. It has {told_names} and"
             f" {len(boxes)} images; mend the file, or its boxes would be lost in silence."
         )
     return boxes
+
+
+def _edges(told: Any) -> tuple[float, float, float, float]:
+    """The four numbers of a bbox. Raises ValueError."""
+    try:
+        left, top, wide, tall = (float(value) for value in told)
+    except (TypeError, ValueError):
+        raise ValueError(f"bbox is [left, top, width, height] in pixels; got {told!r}") from None
+    return left, top, wide, tall
 
 
 def _pictures(

@@ -103,7 +103,8 @@ def open_boxes(
             f"{some(paths)} has boxes of {some(unknown)}, which --classes does not name: {some(known)}."
             f"{suggestion(unknown[0], known)}"
         )
-    _compare_classes(pools, known, notes)
+    held = "val" not in given and not val
+    _compare_classes(pools, known, notes, held)
     empty = [stores[p.store].names[p.entry] for p in pictures if not p.boxes]
     listed["pictures without a box"] = empty
     _tell(listed, len(pictures), notes)
@@ -263,16 +264,22 @@ def held_back(
 
 
 def _compare_classes(
-    pools: Mapping[str, Sequence[Annotated]], known: Sequence[str], notes: list[str]
+    pools: Mapping[str, Sequence[Annotated]], known: Sequence[str], notes: list[str], held: bool
 ) -> None:
-    """Raises DataError where val or test has a class that train cannot teach."""
+    """Raises DataError where val or test has a class that train cannot teach; `held` is a val that was held back."""
     used = {
         name: {box.label for picture in pool for box in picture.boxes} for name, pool in pools.items() if pool
     }
     for name, own in used.items():
         extra = sorted(own - used.get("train", own))
         if extra:
-            raise DataError(f"{name} has boxes of {some(extra)}, of which train has none.")
+            cure = ""
+            if held and name == "val":
+                cure = (
+                    f" (The {len(pools[name])} of val were held back of the training pictures: label more, hold back"
+                    " others by another --seed, name some by --val, or do without by --val-share 0.)"
+                )
+            raise DataError(f"{name} has boxes of {some(extra)}, of which train has none.{cure}")
         absent = [label for label in known if label not in own]
         if absent:
             notes.append(f"{name} has no box of {some(absent)}.")
@@ -296,7 +303,7 @@ def _tell(listed: Mapping[str, Sequence[str]], total: int, notes: list[str]) -> 
     }
     for kind, names in listed.items():
         if names:
-            notes.append(f"{len(names)} {actions[kind]}: {some(names, 3)}.")
+            notes.append(f"{len(names)} {actions[kind]}: {some(names, 3).removesuffix('.')}.")
 
 
 def _split_up(

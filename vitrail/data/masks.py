@@ -7,6 +7,7 @@ a value that is no class is named then, and not met as a crash or a wrong score 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -76,10 +77,11 @@ class MaskSource(Source):
         return found
 
     def counts(self) -> dict[str, int]:
-        """Pixels of each class (every mask is read for it)."""
+        """Pixels of each class (every mask is read for it; `listed` names those that cannot be)."""
         total = np.zeros(256, dtype=np.int64)
         for index in range(len(self)):
-            total += np.bincount(self.target(index).reshape(-1), minlength=256)
+            with contextlib.suppress(ImageError):
+                total += np.bincount(self.target(index).reshape(-1), minlength=256)
         return dict(zip(self.classes, total.tolist(), strict=False))
 
     def subset(self, indices: Sequence[int] | Array) -> MaskSource:
@@ -161,7 +163,7 @@ def _key(parts: list[str], place: int) -> tuple[str, ...]:
 
 def read_mask(store: Store, entry: int) -> Array:
     """The numbers in a mask, uint8 `[H, W]`. Raises ImageError for a file that is no index mask."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     name = os.path.join(store.place, store.names[entry])
     data = store.read(entry)
@@ -177,6 +179,8 @@ def read_mask(store: Store, entry: int) -> Array:
                     " palette). Turn each colour into its class number first."
                 )
             values = np.asarray(picture)
+    except UnidentifiedImageError:  # whose text is an address in memory
+        raise ImageError(f"{name}: not a readable mask (no picture in any known format).") from None
     except (OSError, SyntaxError, ValueError) as error:
         raise ImageError(f"{name}: not a readable mask ({error}).") from None
     if values.dtype != np.uint8:

@@ -57,6 +57,10 @@ class Look(NamedTuple):
     reason: str
 
 
+ONE = {"pictures": "picture", "boxes": "box", "pixels": "pixel"}
+"""What is counted, if there is one of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
     """What is known of a data set; `to_dict` is JSON-ready. Files are named as their sources name them."""
@@ -105,10 +109,13 @@ class DataReport:
             (self.duplicates, f"More than once: {_count(self.duplicates)}."),
             (self.tiny, f"Tiny (short side below {TINY} pixels): {_count(self.tiny)}."),
             (self.huge, f"Huge (above {HUGE / 1e6:g} million pixels): {_count(self.huge)}."),
-            *((names, f"{len(names)} × {kind}, such as {names[0]}.") for kind, names in self.listed.items()),
+            *(
+                (names, f"{len(names)} × {kind}, such as {names[0].removesuffix('.')}.")
+                for kind, names in self.listed.items()
+            ),
             (
                 self.thin,
-                f"With a single training {self.counted[:-1]}: {_count(self.thin, 'class', 'classes')}.",
+                f"With a single training {ONE[self.counted]}: {_count(self.thin, 'class', 'classes')}.",
             ),
             (self.absent, f"Classes without {self.counted} in a split: {', '.join(self.absent[:5])}."),
             (
