@@ -144,6 +144,11 @@ def test_a_network_is_counted_as_it_was_trained() -> None:
         ({"shares": (0.5, 1.5)}, ConfigError, "got 1.5"),
         ({"models": ("vit_nanno_patch4_32",)}, ModelError, "Did you mean vit_nano_patch4_32"),
         ({"sizes": (512, 224)}, ConfigError, "sizes must grow"),
+        (
+            {"models": ("fcos_nano", "setr_pup_nano")},
+            ConfigError,
+            "finds objects as boxes and setr_pup_nano gives",
+        ),
         ({"data": ()}, ConfigError, "Accuracy needs data"),
         ({"seeds": 0}, ConfigError, "at least 1"),
     ],

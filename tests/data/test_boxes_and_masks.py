@@ -289,7 +289,9 @@ def test_kinds_are_told_by_names(tmp_path: Path) -> None:
 
 def test_a_mask_that_cannot_be_read_is_left_out_of_every_count(tmp_path: Path) -> None:
     tree = {f"images/{n}.png": picture(n) for n in range(4)}
-    tree |= {f"masks/{n}.png": mask(np.full((24, 32), n % 2)) for n in range(3)} | {"masks/3.png": b"nonsense"}
+    tree |= {f"masks/{n}.png": mask(np.full((24, 32), n % 2)) for n in range(3)} | {
+        "masks/3.png": b"nonsense"
+    }
     splits = open_masks([packed(tree, tmp_path)], val_share=0.0)
     assert splits.everything.listed["unreadable masks"][0].endswith("(no picture in any known format).")
     assert splits.everything.counts() == {"class 0": 1536, "class 1": 768}

@@ -25,6 +25,8 @@ from vitrail.jobs.data_check import data_check
 from vitrail.jobs.evaluate import evaluate
 from vitrail.jobs.predict import coco_form, predict
 from vitrail.jobs.train import TrainResult, train
+from vitrail.jobs.training_data import open_data
+from vitrail.jobs.training_parts import build_model
 from vitrail.models import detr, quick_detr, setr
 from vitrail.models.registry import from_config, from_pretrained
 from vitrail.runs import DataCheckRun, EvaluateRun, PredictRun, TrainRun
@@ -277,6 +279,25 @@ def test_a_backbone_comes_from_a_classifiers_folder_with_a_receipt(masks: str, t
     with pytest.raises(UserError, match="backbone is for networks of boxes and masks"):
         go(record(masks, tmp_path / "b", model="vit_nano_patch4_32", backbone=str(tmp_path / "classifier"),
                   data=("digits",), classes=(), ignore=()))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["fcos_nano", "quick_detr_nano", "detr_nano", "fpn_swin_nano", "trans2seg_nano"]
+)
+def test_every_dense_network_takes_a_vit_of_another_make(
+    name: str, boxes: str, masks: str, tmp_path: Path
+) -> None:
+    """A ViT has one map and no batch norms, and this one differs from its variant as the one that ships does."""
+    small: dict[str, Any] = {"stem": "conv", "width": 32, "depth": 2, "heads": 2, "hidden": 64}
+    model: Any = vitrail.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, **small)
+    model.save_pretrained(tmp_path)
+    given: dict[str, Any] = {"model": name, "backbone": str(tmp_path), "img_size": (128, 128)}
+    of_kind = (of_boxes, boxes) if "detr" in name or "fcos" in name else (record, masks)
+    run = of_kind[0](of_kind[1], tmp_path / "run", **given)
+    built = build_model(run, open_data(run, lambda _: None), lambda _: None).eval()
+    key = "stages.0.blocks.1.mixer.qkv.weight"
+    assert torch.equal(built.backbone.state_dict()[key], model.backbone.state_dict()[key])
+    assert built(torch.randn(1, 3, 128, 128)).logits.isfinite().all()
 
 
 def config_fields(record: Any) -> dict[str, Any]:

@@ -152,6 +152,10 @@ def check(run: CompareRun) -> None:
         raise ConfigError(f"sizes must grow, each once; got {' '.join(map(str, run.sizes))}.")
     for name in (*models_of(run), *sized_of(run)):
         registry.variant(name)
+    tasks = {task_of(name, None): name for name in models_of(run)}
+    if run.part != "cost" and len(tasks) > 1:
+        told = " and ".join(f"{name} {facts_of(str(task)).words}" for task, name in tasks.items())
+        raise ConfigError(f"One comparison is about one task: {told}. Compare them one task at a time.")
 
 
 EQUAL = (

@@ -18,7 +18,7 @@ from vitrail.jobs.doctor import usable_cores
 from vitrail.jobs.plan import Facts
 from vitrail.jobs.training_data import Data, Say, typical_side
 from vitrail.models import loading, registry
-from vitrail.models.backbones import load_backbone
+from vitrail.models.backbones import backbone, load_backbone
 from vitrail.models.classifier import Classifier
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime
@@ -116,7 +116,7 @@ def _config(run: TrainRun, classes: int) -> Any:
         changes["drop_path_rate"] = run.drop_path
     if run.backbone is not None:
         changes |= _backbone_fields(run.backbone, config)
-    return registry.changed(config, **changes, **read_fields(run.model_kwargs))
+    return registry.changed(config, **{**changes, **read_fields(run.model_kwargs)})
 
 
 def _backbone_fields(folder: str, config: Any) -> dict[str, Any]:
@@ -133,14 +133,18 @@ def _backbone_fields(folder: str, config: Any) -> dict[str, Any]:
     changed = {
         name: value for name, value in card.config.items() if name not in own and plain.get(name) != value
     }
-    fields: dict[str, Any] = {"backbone": card.architecture}
-    if hasattr(config, "backbone_changes"):
-        fields["backbone_changes"] = changed
-    elif changed:
-        raise ConfigError(
-            f"{folder} differs from the plain {card.architecture} ({', '.join(changed)}), which this network cannot"
-            " take as a backbone."
-        )
+    fields: dict[str, Any] = {"backbone": card.architecture, "backbone_changes": changed}
+    # What residual networks alone have:
+    if hasattr(config, "dilated") and "dilated" not in plain:
+        fields["dilated"] = 0
+    if hasattr(config, "frozen_norm") and "norm" not in plain:
+        fields["frozen_norm"] = False
+    if hasattr(config, "maps"):  # a plain ViT has one map
+        with torch.device("meta"):
+            there = len(backbone(card.architecture, **changed).levels)
+        fields["maps"] = min(config.maps, there)
+        if hasattr(config, "encoded"):
+            fields["encoded"] = min(config.encoded, there)
     return fields
 
 

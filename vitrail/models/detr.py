@@ -15,8 +15,9 @@ starts from nothing must not (`frozen_norm=False, frozen_stages=0`). Any classif
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -52,6 +53,8 @@ class Config:
     """Classes; logits have one more, for no object. COCO's numbers go to 90."""
     backbone: str = "resnet50"
     """A classification variant whose last map is read."""
+    backbone_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the backbone's Config that differ from the variant's."""
     dilated: int = 0
     """How many of the backbone's last stages dilate their kernels instead of halving the map (1 is DC5)."""
     frozen_norm: bool = True
@@ -136,6 +139,7 @@ def build(config: Config) -> Detr:
         "norm": "frozen" if config.frozen_norm else None,
         "dilated": config.dilated or None,
         "drop_path_rate": config.drop_path_rate or None,
+        **config.backbone_changes,
     }
     chosen = backbone(config.backbone, config.in_chans, **changes)
     model = Detr(config, chosen)

@@ -10,7 +10,9 @@ A backbone of one stride alone, such as a ViT, answers one map; the head runs ov
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -44,6 +46,8 @@ class Config:
     """Classes; as many logits."""
     backbone: str = "resnet50"
     """A classification variant whose last maps are read."""
+    backbone_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the backbone's Config that differ from the variant's."""
     maps: int = 3
     """How many of the backbone's last maps go into the pyramid (C3 to C5 are three)."""
     farther: int = 2
@@ -70,7 +74,8 @@ class Fcos(Detector):
         super().__init__()
         if len(chosen.levels) < config.maps:
             raise ModelError(
-                f"The backbone {config.backbone} has {len(chosen.levels)} maps; maps={config.maps} asks for more."
+                f"The backbone {config.backbone} has {len(chosen.levels)} maps; maps={config.maps} asks for more:"
+                f" take maps={len(chosen.levels)}."
             )
         self.backbone, self.backbone_config = chosen.trunk, chosen.config
         self.maps = config.maps
@@ -96,6 +101,7 @@ def build(config: Config) -> Fcos:
     changes = {
         "norm": "frozen" if config.frozen_norm else None,
         "drop_path_rate": config.drop_path_rate or None,
+        **config.backbone_changes,
     }
     model = Fcos(config, backbone(config.backbone, config.in_chans, **changes))
     if not skip_on_meta(model):

@@ -16,7 +16,9 @@ Here
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -52,6 +54,8 @@ class Config:
     """Classes; as many logits."""
     backbone: str = "resnet10_nano"
     """A classification variant whose last maps are read."""
+    backbone_changes: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the backbone's Config that differ from the variant's."""
     maps: int = 3
     """How many of the backbone's last maps queries read."""
     encoded: int = 2
@@ -93,7 +97,8 @@ class QuickDetr(Detector):
         read = chosen.levels[-config.maps :]
         if len(read) < config.maps:
             raise ModelError(
-                f"The backbone {config.backbone} has {len(chosen.levels)} maps; maps={config.maps} asks for more."
+                f"The backbone {config.backbone} has {len(chosen.levels)} maps; maps={config.maps} asks for more:"
+                f" take maps={len(chosen.levels)}."
             )
         self.backbone, self.backbone_config = chosen.trunk, chosen.config
         self.pyramid = FeaturePyramid(read, width)
@@ -155,6 +160,11 @@ class QuickDetr(Detector):
     def _start(self, logits: Tensor, boxes: Tensor, hidden: Tensor | None) -> Tensor:
         """The boxes of the cells that are surest of any class, `[B, Q, 4]`; what is learned there stays there."""
         scores = logits.detach().amax(dim=-1)  # [B, N]
+        if not torch.compiler.is_exporting() and scores.shape[1] < self.count:
+            raise ModelError(
+                f"{self.count} queries start from as many cells, and such a picture has {scores.shape[1]}: take larger"
+                " pictures (img_size), or fewer queries (queries)."
+            )
         if hidden is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
         places = scores.topk(self.count, dim=1).indices
@@ -179,6 +189,7 @@ def build(config: Config) -> QuickDetr:
     changes = {
         "norm": "frozen" if config.frozen_norm else None,
         "drop_path_rate": config.drop_path_rate or None,
+        **config.backbone_changes,
     }
     model = QuickDetr(config, backbone(config.backbone, config.in_chans, **changes))
     if not skip_on_meta(model):
