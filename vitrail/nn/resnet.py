@@ -28,6 +28,11 @@ StemKind = Literal["7x7", "deep", "small"]
 PoolKind = Literal["pad", "ceil", "floor"]
 
 
+LARGE = 200_000
+"""Pixels of a picture from which a CPU's convolutions are quicker with channels last: a map is then not brought into
+that order and back by each of them. docs/log.md has the measurements."""
+
+
 class FrozenBatchNorm(nn.Module):
     """Batch norm whose statistics, scale and shift are given and never change (detection, DETR)."""
 
@@ -47,6 +52,11 @@ class FrozenBatchNorm(nn.Module):
     def forward(self, map: Map) -> Map:
         statistics = self.running_mean, self.running_var, self.weight, self.bias
         return F.batch_norm(map, *statistics, training=False, eps=self.eps)  # one pass, half the time of two
+
+    def line(self) -> tuple[Float[Tensor, " C"], Float[Tensor, " C"]]:
+        """Factor and shift: all that a norm is that never changes."""
+        factor = self.weight * (self.running_var + self.eps).rsqrt()
+        return factor, self.bias - self.running_mean * factor
 
 
 class ConvNorm(nn.Module):
@@ -72,8 +82,22 @@ class ConvNorm(nn.Module):
         self.norm = nn.BatchNorm2d(out) if norm == "batch" else FrozenBatchNorm(out)
 
     def forward(self, map: Map) -> Map:
-        out: Tensor = self.norm(self.conv(map))
+        out: Tensor = self._at_once(map) if self._pays(map) else self.norm(self.conv(map))
         return out
+
+    def _pays(self, map: Map) -> bool:
+        """Whether a frozen norm is better laid into the kernel: it then costs no pass over the map and no memory,
+        but one over the kernel. Exported graphs leave that to their engines."""
+        if not isinstance(self.norm, FrozenBatchNorm) or torch.compiler.is_exporting():
+            return False
+        kernel, (down, right) = self.conv.weight, self.conv.stride
+        return (map.shape[2] // down) * (map.shape[3] // right) > kernel[0].numel()  # whatever the batch is
+
+    def _at_once(self, map: Map) -> Map:
+        conv, (factor, shift) = self.conv, self.norm.line()  # type: ignore[operator]
+        kernel = conv.weight * factor[:, None, None, None]  # [C', C / groups, k, k]
+        bias = shift if conv.bias is None else shift + conv.bias * factor
+        return F.conv2d(map, kernel, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 class Stem(nn.Module):
@@ -259,6 +283,9 @@ class ResidualTrunk(nn.Module):
 
     def forward(self, images: Float[Tensor, "B C I J"]) -> Features:
         """Every stage's map, fine to coarse."""
+        on_cpu = images.device.type == "cpu" and not torch.compiler.is_exporting()
+        if on_cpu and images.shape[2] * images.shape[3] >= LARGE:
+            images = images.contiguous(memory_format=torch.channels_last)
         map, maps = self.stem(images), []
         for stage in self.stages:
             map = stage(map)
