@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 WORST = 6
 """Pictures that are drawn: those on which the model does worst."""
 
+VAL_SHARE = 0.1
+"""What a training holds back of data without val."""
+
 SURE = 0.5
 """Score from which a box is drawn, and counts as found when pictures are compared."""
 
@@ -56,7 +59,8 @@ def score(
     watch: Callable[[int, int], None] | None = None,
 ) -> DenseScores:
     """Score a detector or a segmenter on one split of a data set. Raises DataError where they do not fit."""
-    splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero)
+    share = 0.0 if run.split == "auto" else VAL_SHARE  # all pictures are scored where no split is named
+    splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero, share)
     source, split, more = choose_split(splits)
     notes += [note for note in [*splits.notes, *more] if note not in notes]
     if engine.card.config.get("masks"):
@@ -98,14 +102,19 @@ def score(
 
 
 def open_for(
-    engine: Any, data: Sequence[str], model: str, ignore: Sequence[int] = (), reduce_zero: bool = False
+    engine: Any,
+    data: Sequence[str],
+    model: str,
+    ignore: Sequence[int] = (),
+    reduce_zero: bool = False,
+    val_share: float = VAL_SHARE,
 ) -> tuple[Splits, list[str]]:
     """The data in the model's terms; masks are read as they were in its training where nothing else is said."""
     card, notes = engine.card, []
     kind = kind_for(card.task, data, model)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"val_share": val_share}
     if kind == "masks":
-        options = {"ignore": ignore, "reduce_zero": reduce_zero, "classes": card.labels or ()}
+        options |= {"ignore": ignore, "reduce_zero": reduce_zero, "classes": card.labels or ()}
         known = card.recipe
         if not ignore and known.get("ignore"):
             options["ignore"] = tuple(known["ignore"])
