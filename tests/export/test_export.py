@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from vitrail.errors import ConfigError, ProofError
 from vitrail.export import wrap
 from vitrail.export.onnx import read_label
 from vitrail.jobs.evaluate import evaluate
-from vitrail.jobs.export import Exported, export
+from vitrail.jobs.export import Exported, Pictures, export
+from vitrail.jobs.export_dense import DensePictures
 from vitrail.jobs.predict import predict
 from vitrail.runs import EvaluateRun, ExportRun, PredictRun
 
@@ -113,6 +115,20 @@ def test_without_data_two_photographs_do(model: Path, tmp_path: Path) -> None:
         found = export(ExportRun(model=str(model), format="torch", output=str(tmp_path / "model.pt2")))
     assert found.proof.passed and found.proof.accuracy_before is None and found.proof.images == 32
     assert open_engine(found.artefact).card.labels == LABELS
+
+
+def test_pictures_without_classes_will_do_for_the_proof(data: Path, model: Path) -> None:
+    """Of a classifier and of a detector alike: nothing but the score needs to know what is in them."""
+    engine: Any = TorchEngine(model, precision="fp32")
+    loose = data / "val" / "red"
+    run = ExportRun(model=str(model), data=(str(loose),))
+    plain = Pictures(run, engine)
+    assert len(plain) == len(list(loose.iterdir())) and "not measured" in plain.notes[0]
+    assert next(iter(plain))[1] is None
+    engine.card = dataclasses.replace(engine.card, task="object-detection")
+    dense = DensePictures(run, engine, lambda source, count, seed: source)
+    assert len(dense) == len(plain) and "no score is measured" in dense.notes[0]
+    assert next(iter(dense))[2] is None
 
 
 def test_int8_asks_for_pictures(model: Path) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 import vitrail
 from vitrail.data.image import decode
 from vitrail.data.sample import photographs
-from vitrail.data.sources import Source, open_splits
+from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.data.transforms import Preprocess
 from vitrail.engines import Engine
 from vitrail.engines.artefact import format_of, open_artefact
@@ -163,13 +163,19 @@ class Pictures:
     def __init__(self, run: ExportRun, reference: Engine) -> None:
         self.notes: list[str] = []
         self.source: Source | None = None
+        self.labelled = False
         self.name = "cuttings of two photographs"
         if not run.data:
             return
-        splits = open_splits(run.data)
+        self.name = ", ".join(Path(path).name for path in run.data)
+        try:
+            splits = open_splits(run.data)
+        except DataError as error:  # a folder of pictures will do; what is neither says so itself
+            self.source = _some(open_pictures(run.data), run.samples, run.seed)
+            self.notes.append(f"accuracy is not measured: {error}")
+            return
         found = splits.val if "val" in splits.given else splits.test if "test" in splits.given else None
         source = splits.everything if found is None else found
-        self.name = ", ".join(Path(path).name for path in run.data)
         known = _known(source, reference.card)
         self.labelled = isinstance(known, Source)
         if isinstance(known, str):

@@ -12,7 +12,7 @@ from torch import Tensor
 from vitrail.data.dense_loader import pad_together
 from vitrail.data.image import decode
 from vitrail.data.sample import photographs
-from vitrail.data.sources import Source, open_splits
+from vitrail.data.sources import Source, open_pictures
 from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine
 from vitrail.errors import ConfigError, DataError, ImageError
@@ -58,7 +58,7 @@ class DensePictures:
             source, more = in_models_order(_scored(splits), reference)
             self.notes += [*notes, *more]
         except DataError as error:
-            self.annotated, source = False, _scored(open_splits(run.data))
+            self.annotated, source = False, open_pictures(run.data)
             self.notes.append(f"no score is measured: {error}")
         self.source = some(source, run.samples, run.seed)
 
