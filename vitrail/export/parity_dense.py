@@ -99,8 +99,9 @@ class DenseProof:
 
     def rows(self) -> list[list[str]]:
         """The numbers for a table: what, and how much."""
+        same = f"{self.agreement:.4%} of {self.compared:,}"
         found = [
-            [f"same {self.things}", f"{self.agreement:.4%} of {self.compared:,}"],
+            [f"same {self.things}", same if self.compared else f"none to compare: no score reaches {TOLD:g}"],
             [
                 "outputs differ",
                 f"{self.logits_max:.1e} of the largest at most, {self.logits_mean:.1e} on average",

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vitrail.data.dense import kinds_of
 from vitrail.data.dense_loader import pad_together
 from vitrail.data.image import decode
 from vitrail.data.sample import photographs
@@ -59,7 +60,10 @@ class DensePictures:
             self.notes += [*notes, *more]
         except DataError as error:
             self.annotated, source = False, open_pictures(run.data)
-            self.notes.append(f"no score is measured: {error}")
+            bare = kinds_of(run.data) == ("classes",)
+            self.notes.append(
+                f"no score is measured: {'no boxes or masks lie beside the pictures' if bare else error}"
+            )
         self.source = some(source, run.samples, run.seed)
 
     def __len__(self) -> int:
