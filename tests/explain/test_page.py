@@ -23,15 +23,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def browser() -> Iterator[Any]:
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine: apt-get install chromium")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="no playwright in this environment: python -m pip install playwright"
+    )
     with playwright.sync_playwright() as started:
         opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield opened
         opened.close()
 
 
-def page_of(family: str, folder: Path, score: bool = False) -> Path:
-    model = tiny(family)
+def page_of(family: str, folder: Path, score: bool = False, **changes: Any) -> Path:
+    model = tiny(family, **changes)
     model.card = dataclasses.replace(model.card, labels=("ant", "bee", "cat", "dog", "elk"))
     explainer = Explainer(model)
     pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
@@ -138,5 +140,44 @@ def test_text_can_be_read_in_both_schemes_and_palettes(browser: Any, scheme: str
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
     page.set_viewport_size({"width": 360, "height": 800})
     assert page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+    assert troubles == []
+    page.close()
+
+
+def test_the_outermost_cells_reach_the_edges_of_the_picture(browser: Any, tmp_path: Path) -> None:
+    """A stem of convolutions puts the middle of cell 0 on pixel 0: half a cell would be left bare at the far edges."""
+    page, troubles = opened(browser, page_of("vit", tmp_path, stem="conv"))
+    place = page.evaluate("() => layer().place")
+    assert place[2] < 0 and place[3] < 0
+    first, last = page.evaluate(
+        "() => [box(layer(), 0, 0), box(layer(), layer().rows - 1, layer().columns - 1)]"
+    )
+    side = page.evaluate("() => document.getElementById('looks').width")
+    assert min(first[:2]) <= 0
+    assert last[0] + last[2] >= side and last[1] + last[3] >= side
+    assert troubles == []
+    page.close()
+
+
+def test_a_box_is_outlined_over_its_maps_and_no_attention_is_offered(browser: Any, tmp_path: Path) -> None:
+    explainer = Explainer(tiny("fcos"))
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    found = [explainer(pixels, method=method) for method in ("gradcam", "occlusion")]
+    path = tmp_path / "box.html"
+    path.write_text(explorer(explainer, found), encoding="utf-8")
+    page, troubles = opened(browser, path)
+    assert "in the box" in page.inner_text("header")
+    assert page.is_visible("#picture") and page.is_visible("#alone")
+    assert not page.is_visible("#looks") and not page.is_visible("#layer") and not page.is_visible("#head")
+    before = page.inner_text("#mapwords")
+    page.select_option("#map", label="occlusion")
+    assert page.inner_text("#mapwords") != before
+    white = """() => {
+      const canvas = document.getElementById('picture');
+      const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
+      let found = 0; for (let i = 0; i < data.length; i += 4) found += data[i] + data[i + 1] + data[i + 2] === 765;
+      return found;
+    }"""
+    assert page.evaluate(white) > 100
     assert troubles == []
     page.close()

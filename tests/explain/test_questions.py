@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from vitrail.cli.main import main
 from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer
@@ -117,6 +120,22 @@ def test_the_page_is_for_attention_between_places_of_the_picture() -> None:
     found = explainer(picture(), method="gradcam")
     assert len(layers(explainer, found)) == len(mixers_of(explainer.network))
     assert not explorable(Explainer(tiny("detr")).network)
+
+
+def test_the_command_writes_a_page_of_the_maps_of_a_box(tmp_path: Path) -> None:
+    tiny("fcos").save_pretrained(tmp_path / "model")
+    Image.fromarray(picture()).save(tmp_path / "photo.png")
+    told = [
+        "explain",
+        str(tmp_path / "model"),
+        str(tmp_path / "photo.png"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert main(told) == 0
+    text = (tmp_path / "out" / "explain.html").read_text(encoding="utf-8")
+    assert '"layers":[]' in text and '"outline":"data:image/png' in text
+    assert "in the box" in text
 
 
 def test_what_is_not_there_is_refused_with_what_is() -> None:

@@ -1,6 +1,7 @@
-"""One self-contained page: what every patch attends to and who attends to it, in every layer and head.
+"""One self-contained page: the maps, what every patch attends to and who attends to it, in every layer and head.
 
-No request leaves the page; it works by mouse, touch and keyboard.
+No request leaves the page; it works by mouse, touch and keyboard. Where attention is not between places of the picture
+(a detector's queries, a network of convolutions), the page shows the maps alone and says so.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from vitrail.data.transforms import normalise
 from vitrail.explain.attention import Look, blocks_of, explicit, mixers_of
 from vitrail.explain.explainer import Explainer, Explanation, cautions
-from vitrail.explain.overlay import png, shares
+from vitrail.explain.overlay import Pixels, contoured, outlined, png, shares
 from vitrail.explain.places import covering
 from vitrail.explain.questions import Asked
 from vitrail.explain.still import held_still
@@ -37,11 +39,12 @@ def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: st
     first = explanations[0]
     data = {
         "image": _url(first),
+        "outline": _outline(first),
         "height": first.geometry.output[0],
         "width": first.geometry.output[1],
         "maps": [_map(found) for found in explanations],
         "shown": _shown(explainer, explanations),
-        "layers": layers(explainer, first),
+        "layers": layers(explainer, first) if explorable(explainer.network) else [],
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
     said = [note, *cautions(explanations)]
@@ -66,8 +69,20 @@ def explorable(network: nn.Module) -> bool:
 
 def _summary(found: Explanation) -> str:
     best = found.prediction.top[0]
-    said = f"{found.model} says {best.label}, {best.score:.1%}"
-    return said if found.target == best.index else f"{said}; explained is {found.label}, {found.score:.1%}"
+    if found.corners is not None:
+        return f"{found.model} sees {best.label} in the box, {best.score:.1%}" + _instead(found)
+    if found.region is not None:
+        return f"{found.model} calls the outlined pixels {found.label}, {found.score:.1%} in the mean"
+    return f"{found.model} says {best.label}, {best.score:.1%}" + _instead(found)
+
+
+def _instead(found: Explanation) -> str:
+    """The class that is explained, where it is not the surest."""
+    return (
+        ""
+        if found.target == found.prediction.top[0].index
+        else f"; explained is {found.label}, {found.score:.1%}"
+    )
 
 
 def _shown(explainer: Explainer, explanations: Sequence[Explanation]) -> int:
@@ -78,8 +93,26 @@ def _shown(explainer: Explainer, explanations: Sequence[Explanation]) -> int:
 
 def _url(found: Explanation) -> str:
     pixels = found.pixels.expand(3, -1, -1) if found.pixels.shape[0] == 1 else found.pixels
-    data = png(pixels.permute(1, 2, 0).contiguous().numpy())
-    return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    return _image(pixels.permute(1, 2, 0).contiguous().numpy())
+
+
+def _outline(found: Explanation) -> str:
+    """The line round the box or region that is explained, on glass; empty where there is none."""
+    rows, columns = found.geometry.output
+    ground = np.full((rows, columns, 3), 128, dtype=np.uint8)  # no line has this grey
+    if found.outline is not None:
+        x1, y1, x2, y2 = found.outline
+        drawn = outlined(ground, (x1 * columns, y1 * rows, x2 * columns, y2 * rows))
+    elif found.region is not None:
+        drawn = contoured(ground, found.region.cpu())
+    else:
+        return ""
+    line = (drawn != 128).any(axis=2, keepdims=True).astype(np.uint8) * 255
+    return _image(np.concatenate([drawn, line], axis=2))
+
+
+def _image(pixels: Pixels) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
 
 
 def _map(found: Explanation) -> dict[str, Any]:

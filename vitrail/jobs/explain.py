@@ -21,7 +21,7 @@ from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, DataError, UnsupportedError
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation, cautions
-from vitrail.explain.explorer import explorable, explorer
+from vitrail.explain.explorer import explorer
 from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
@@ -62,7 +62,7 @@ class Scored:
 
     trial: Trial
     path: Path
-    """faithfulness.json"""
+    """faithfulness.json; beside it faithfulness.md, the table for a document."""
 
 
 def is_trial(run: ExplainRun) -> bool:
@@ -149,7 +149,7 @@ def _explained(
         files += _write(
             folder / "explanation.json", (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode()
         )
-        if run.page and explorable(explainer.network):
+        if run.page:
             files += _write(folder / "explain.html", explorer(explainer, found, note).encode())
         yield Explained(explanations=tuple(found), files=tuple(files))
 
@@ -189,6 +189,7 @@ def _tried(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "faithfulness.json"
     write_atomically(path, (json.dumps(found.to_dict(), indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path.with_suffix(".md"), found.to_markdown().encode())
     return Scored(trial=found, path=path)
 
 
