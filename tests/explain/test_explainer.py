@@ -147,7 +147,13 @@ def test_the_command_puts_methods_on_trial_over_a_data_set(
     record = json.loads((tmp_path / "out" / "faithfulness.json").read_text())
     assert record["images"] == 4
     assert {row["method"] for row in record["tables"]["blur"]} == {"rollout", "gradcam", "random", "centre"}
+    assert set(record["cost_in_forwards"]) == {"rollout", "gradcam"}
     assert "the trial costs about" in capsys.readouterr().err
+    table = (tmp_path / "out" / "faithfulness.md").read_text().splitlines()
+    assert len(table) == 2 + 3 * 4  # three fills; two methods, two controls
+    assert {line.count("|") for line in table} == {8}
+    assert sum("knows no class" in line for line in table) == 1  # rollout
+    assert sum("| control |" in line for line in table) == 2
 
 
 def test_inspect_draws_what_there_is(

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tests.explain.families import FAMILIES, pictures, tiny
 from vitrail.explain.faithfulness import (
     FILLS,
+    MAY_BE_CHANCE,
     Score,
     better_by_chance,
     centre_map,
@@ -129,6 +130,7 @@ def test_a_method_that_knows_nothing_gets_a_warning() -> None:
             "weak": scores(0.05),
             "random": scores(0.0),
             "centre": scores(0.1),
+            "close": scores(0.102),
         },
         "mean",
     )
@@ -137,6 +139,7 @@ def test_a_method_that_knows_nothing_gets_a_warning() -> None:
     assert warnings["good"] == "" and warnings["random"] == ""
     assert warnings["noise"] == "no better than a random map"
     assert warnings["weak"] == "no better than pointing at the middle"
+    assert warnings["close"] == MAY_BE_CHANCE
 
 
 def test_removing_tokens_is_running_without_them() -> None:

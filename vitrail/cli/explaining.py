@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vitrail.cli import show
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vitrail.jobs.explain import Explained, Scored
     from vitrail.runs import ExplainRun, InspectRun
 
@@ -51,9 +54,13 @@ def _explained(run: ExplainRun, explained: Explained) -> None:
         if not found.faithfulness:
             rows.append(cells)
     show.table(columns, rows, right=columns[2:3] + columns[4:])
+    best = first.prediction.top[0]
+    if first.target != best.index:
+        where = "" if first.corners is None and first.region is None else " there"
+        show.say(f"note: the model says {best.label}{where}, {show.percent(best.score)}")
     for caution in explained.cautions:
         show.say(f"note: {caution}")
-    show.say("written: " + ", ".join(str(path) for path in explained.files))
+    _written(explained.files)
 
 
 def _trial(run: ExplainRun, scored: Scored) -> None:
@@ -71,6 +78,8 @@ def _trial(run: ExplainRun, scored: Scored) -> None:
         "over random",
         "p",
         "over centre",
+        "p",
+        "forwards",
         "",
     ]
     rows = [
@@ -84,16 +93,17 @@ def _trial(run: ExplainRun, scored: Scored) -> None:
             f"{row.over_random:+.3f}",
             f"{row.p_random:.4f}",
             f"{row.over_centre:+.3f}",
+            f"{row.p_centre:.4f}",
+            f"{found.costs.get(row.method, 0):.1f}",
             row.warning,
         ]
         for fill, standing in found.tables.items()
         for row in standing
     ]
-    show.table(columns, rows, right=[*columns[2:5], *columns[6:9]])
+    show.table(columns, rows, right=[*columns[2:5], *columns[6:11]])
     order = "the same" if found.agreed else "not the same: trust neither order alone"
-    show.say(
-        f"{found.images} pictures; the order of the methods under all fills is {order}\nwritten: {scored.path}"
-    )
+    show.say(f"{found.images} pictures; the order of the methods under all fills is {order}")
+    _written([scored.path, scored.path.with_suffix(".md")])
 
 
 def inspect(run: InspectRun) -> int:
@@ -106,5 +116,10 @@ def inspect(run: InspectRun) -> int:
         print(show.json_text(found.to_dict()))
         return 0
     show.table(["", found.model], [[name, value] for name, value in found.findings])
-    show.say("written: " + ", ".join(str(path) for path in found.files))
+    _written(found.files)
     return 0
+
+
+def _written(files: Sequence[Path]) -> None:
+    """Where files of one folder are: the folder once, then their names."""
+    show.say(f"written into {files[0].parent}: " + ", ".join(path.name for path in files))

@@ -186,4 +186,6 @@ class Counter:
         if now - self.spoken >= self.PAUSE:
             self.spoken = now
             of = f" of {total}" if total else ""
-            say(f"{self.what}: {done}{of}, {done / (now - self.started):.1f} a second")
+            rate = done / (now - self.started)
+            speed = f"{rate:.1f} a second" if rate >= 0.5 or not done else f"{1 / rate:.0f} s each"
+            say(f"{self.what}: {done}{of}, {speed}")

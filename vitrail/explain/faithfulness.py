@@ -33,6 +33,9 @@ FILLS: tuple[Fill, ...] = ("mean", "blur")
 CONTROLS = ("random", "centre")
 """Maps that know nothing of the image: a new one by chance for each, and the distance from the middle."""
 
+MAY_BE_CHANCE = "its lead over the middle may be chance"
+"""Said of a method that beats the random map surely, and the middle in the mean only."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
@@ -274,6 +277,8 @@ def standings(found: dict[str, list[Score]], fill: Fill) -> list[Standing]:
                 warning = "no better than a random map"
             elif float(ahead.mean()) <= 0:
                 warning = "no better than pointing at the middle"
+            elif p_centre >= 0.01:
+                warning = MAY_BE_CHANCE
         rows.append(
             Standing(
                 method=name,

@@ -252,7 +252,7 @@ def relevance(
         .float()
         .cpu(),  # without what averaging gives every cell alike
         placement=found.first[1],
-        units="relevance: attention times its positive gradient, summed over paths",
+        units="attention times its positive gradient, summed over paths",
         where=_whose(token, "all layers"),
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -14,7 +17,9 @@ from vitrail.data.transforms import normalise
 from vitrail.explain.explainer import STEPS, Explainer
 from vitrail.explain.faithfulness import (
     CONTROLS,
+    MAY_BE_CHANCE,
     Fill,
+    Interval,
     Score,
     Standing,
     centre_map,
@@ -40,6 +45,8 @@ class Trial:
     """For each fill, methods and controls, best gap first."""
     scores: dict[Fill, dict[str, list[Score]]]
     """Every picture's scores, in the pictures' order."""
+    costs: dict[str, float]
+    """What a method's map takes, in forwards of one picture: the median of its time over that of a forward."""
 
     @property
     def agreed(self) -> bool:
@@ -57,8 +64,55 @@ class Trial:
             "regions": list(self.regions),
             "steps": self.steps,
             "fills_agree_on_the_order": self.agreed,
+            "cost_in_forwards": {name: round(cost, 2) for name, cost in self.costs.items()},
             "tables": {fill: [row.to_dict() for row in rows] for fill, rows in self.tables.items()},
         }
+
+    def verdict(self, method: str) -> str:
+        """What came of a method under all fills; for a control, that it is one."""
+        if method in CONTROLS:
+            return "control"
+        blind = "" if METHODS[method].class_specific else "; knows no class"
+        rows = [(fill, row) for fill, table in self.tables.items() for row in table if row.method == method]
+        said: dict[str, list[str]] = {}  # warning -> the fills that give it
+        for fill, row in rows:
+            if row.warning:
+                said.setdefault(row.warning, []).append(fill)
+        failed = "; ".join(f"{warning} ({', '.join(fills)})" for warning, fills in said.items())
+        worst = "fails" if any(warning != MAY_BE_CHANCE for warning in said) else "not proved"
+        return (f"**{worst}**: {failed}" if failed else "leads both controls") + blind
+
+    def to_markdown(self) -> str:
+        """The table for a document: a row a method and fill, best mean gap first, with 95 % intervals."""
+        fills = list(self.tables)
+        rows = {(fill, row.method): row for fill, table in self.tables.items() for row in table}
+        names = sorted(
+            {method for _, method in rows},
+            key=lambda name: -sum(rows[fill, name].gap.mean for fill in fills),
+        )
+        lines = [
+            "| method | forwards | fill | deletion | insertion | gap | verdict |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for name in names:
+            first = f"*{CALLED[name]}* | 0" if name in CONTROLS else f"{name} | {self.costs[name]:.1f}"
+            verdict = self.verdict(name)
+            for fill in fills:
+                row = rows[fill, name]
+                areas = " | ".join(_between(area) for area in (row.deletion, row.insertion))
+                gap = _between(row.gap, signed=True)
+                lines.append(f"| {first} | {fill} | {areas} | {gap} | {verdict} |")
+                first, verdict = " | ", ""
+        return "\n".join(lines) + "\n"
+
+
+CALLED = {"random": "random map", "centre": "pointing at the middle"}
+
+
+def _between(found: Interval, signed: bool = False) -> str:
+    """A mean with its interval, in thousandths."""
+    form = "+.3f" if signed else ".3f"
+    return f"{found.mean:{form}} ({found.low:.3f} to {found.high:.3f})".replace("-", "−")
 
 
 def cost(explainer: Explainer, methods: Sequence[str], images: int, options: Options) -> float:
@@ -95,14 +149,23 @@ def trial(
     found: dict[Fill, dict[str, list[Score]]] = {
         fill: {name: [] for name in (*methods, *CONTROLS)} for fill in fills
     }
+    seconds: dict[str, list[float]] = {name: [] for name in ("", *methods)}  # "": one forward
+
+    def timed(name: str, work: Callable[[], Tensor]) -> Tensor:
+        begun = time.perf_counter()
+        made = work().cpu()  # a device has then computed it
+        seconds[name].append(time.perf_counter() - begun)
+        return made
+
     done = 0
     for picture in pictures:
         images = normalise(picture[None].to(explainer.device), explainer.engine.card.preprocessing)
         with held_still(network), torch.no_grad():
-            target = int(network(images)[0].argmax())
-        size = (images.shape[2], images.shape[3])
+            logits = timed("", partial(network, images))
+        target, size = int(logits[0].argmax()), (images.shape[2], images.shape[3])
+        ask = partial(heat_of, network, images, [target], options=options)
         maps = [
-            heat_of(network, images, [target], method, options).regions(size, regions)[0]
+            timed(method, lambda: ask(method=method).regions(size, regions)[0])  # noqa: B023 called at once
             for method in methods
         ]
         maps += [random_map(regions, seed + done), centre_map(regions)]
@@ -120,4 +183,5 @@ def trial(
         steps=STEPS,
         tables={fill: standings(found[fill], fill) for fill in fills},
         scores=found,
+        costs={name: median(seconds[name]) / median(seconds[""]) for name in methods},
     )
