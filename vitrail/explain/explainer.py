@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import threading
 from collections.abc import Sequence
@@ -129,13 +128,8 @@ class Explanation:
 
     @property
     def shown(self) -> Heat:
-        """The map as it is drawn: one of single pixels is averaged over regions, being too fine for the eye."""
-        placement = self.heat.placement
-        if placement.scale_y > 1 or placement.scale_x > 1:
-            return self.heat
-        size = self.geometry.output
-        scale = type(placement)(size[0] / self.regions[0], size[1] / self.regions[1])
-        return dataclasses.replace(self.heat, values=self.heat.regions(size, self.regions), placement=scale)
+        """The map as it is drawn and scored: one of single pixels is averaged over `regions`."""
+        return self.heat.shown(self.geometry.output, self.regions)
 
     @property
     def caution(self) -> str:
@@ -179,6 +173,7 @@ class Explanation:
             "where": self.heat.where,
             "elsewhere": None if elsewhere is None else round(float(elsewhere[0]), 6),
             "cells": list(self.heat.values.shape[1:]),
+            "drawn_cells": list(self.shown.values.shape[1:]),
             "cell": {  # place (y, x) in cells lies at (y * scale_y + shift_y, x * scale_x + shift_x) in the picture
                 "scale_y": placement.scale_y * self.geometry.scale_y,
                 "scale_x": placement.scale_x * self.geometry.scale_x,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,16 @@ class Heat:
     def regions(self, size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "B r c"]:
         """Means over a grid that shares an input of this size out evenly."""
         return F.adaptive_avg_pool2d(self.resized(size, smooth=False)[:, None], grid)[:, 0]
+
+    def shown(self, size: tuple[int, int], grid: tuple[int, int]) -> Heat:
+        """The map as it is drawn and scored: one of single pixels as means over a grid's regions.
+
+        Single pixels are too fine for the eye, and their signs flip from one to the next.
+        """
+        if self.placement.scale_y > 1 or self.placement.scale_x > 1:
+            return self
+        scale = Placement(size[0] / grid[0], size[1] / grid[1])
+        return dataclasses.replace(self, values=self.regions(size, grid), placement=scale)
 
 
 def _between(values: Float[Tensor, "B h w"], places: Float[Tensor, " n"], axis: int) -> Tensor:
