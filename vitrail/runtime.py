@@ -21,7 +21,6 @@ import torch.distributed as distributed
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError, TrainingError, UnsupportedError
-from vitrail.nn.block import DropPath
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +76,7 @@ class Runtime:
             # it would run the rest uncompiled.
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
             for part in model.modules():
-                if isinstance(part, DropPath):
+                if hasattr(part, "share_code"):  # nn.block.DropPath
                     part.share_code(self.device)
             for block in blocks or [model]:
                 block.compile(dynamic=False)
