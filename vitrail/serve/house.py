@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import shutil
@@ -110,6 +111,7 @@ class House:
         for name, folder in self.folders.items():
             served = await self._load(name, folder)
             self.places[name] = Place(name, folder, self._version(served), self)
+        _settle()
         self.ready = True
         self.metrics.ready.set_function(lambda: float(self.ready and not self.draining))
         self.tasks.append(asyncio.create_task(self._watch()))
@@ -126,6 +128,7 @@ class House:
         for executor in (self.loader, self.explainer):
             executor.shutdown(wait=False, cancel_futures=True)
         self.discard()
+        gc.unfreeze()
 
     def discard(self) -> None:
         """Remove the copies; what is mapped from them stays readable for as long as the process lives."""
@@ -234,6 +237,15 @@ async def _retire(old: Version) -> None:
     """Let a version go when the last request that came to it has its answer."""
     await old.idle.wait()
     await old.batcher.close()
+    _settle()
+
+
+def _settle() -> None:
+    """Sort out what lives for as long as the models do: else Python goes through all of it again and again, and every
+    request waits for that, a tenth of a second each time."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
 
 
 def _cores() -> int:
