@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import json
 import os
 import random
@@ -319,7 +320,8 @@ async def measure(folder: str, pictures: list[bytes], options: argparse.Namespac
             await killed(process.pid, options.killer, run, full.rate)
         shares = []
         for _ in range(options.rounds):  # a chip's clock and its neighbours change within a minute
-            over = await run("5 times capacity", lambda client: client.opened(options.seconds, 5 * full.rate))
+            flood = functools.partial(Client.opened, seconds=options.seconds, rate=5 * full.rate)
+            over = await run("5 times capacity", flood)
             also = await run("saturation", lambda client: client.closed(options.seconds, options.together))
             shares.append(over.rate / ((full.rate + also.rate) / 2))
             full = also

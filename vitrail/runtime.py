@@ -77,7 +77,7 @@ class Runtime:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VERSIONS)
             for part in model.modules():
                 if hasattr(part, "share_code"):  # nn.block.DropPath
-                    part.share_code(self.device)
+                    cast(Any, part).share_code(self.device)
             for block in blocks or [model]:
                 block.compile(dynamic=False)
         if self.world == 1:
