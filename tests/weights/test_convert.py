@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,6 +88,16 @@ def test_half_precision_is_kept_on_disk_and_widened_in_memory(npz: Path, tmp_pat
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
     model = from_pretrained(tmp_path / "ours")
     assert model(torch.zeros(1, 3, 96, 96)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("stem", ["conv", "pool", "residual"])
+def test_a_stem_of_ours_is_kept(stem: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model: Any = create_model("vit_nano_patch4_32", stem=stem, depth=1)
+    model.save_pretrained(tmp_path / "model")
+    convert(ConvertRun(source=str(tmp_path / "model"), target=str(tmp_path / "again")))
+    again, images = from_pretrained(tmp_path / "again"), torch.randn(2, 3, 32, 32)
+    assert torch.equal(again.eval()(images), model.eval()(images))
 
 
 def test_a_trunk_without_a_head_stays_one(npz: Path, tmp_path: Path) -> None:

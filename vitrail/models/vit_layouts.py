@@ -155,6 +155,14 @@ TIMM = Layout(
             "patch_embed.layers.{i}.{running_mean|running_var|num_batches_tracked}",
             f"{ENTRY}.patches.layers.{{i}}.{{running_mean|running_var|num_batches_tracked}}",
         ),
+        Rule(
+            f"patch_embed.layers.{{i}}.layers.{{j}}.{PAIR}",
+            f"{ENTRY}.patches.layers.{{i}}.layers.{{j}}.{PAIR}",
+        ),
+        Rule(
+            "patch_embed.layers.{i}.layers.{j}.{running_mean|running_var|num_batches_tracked}",
+            f"{ENTRY}.patches.layers.{{i}}.layers.{{j}}.{{running_mean|running_var|num_batches_tracked}}",
+        ),
         Rule(f"head.hidden.{{i}}.{PAIR}", f"head.hidden.{{i}}.{PAIR}"),
     ),
     dropped=(
