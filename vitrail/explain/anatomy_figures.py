@@ -171,7 +171,7 @@ def _scales(found: Anatomy) -> Figure | None:
     axes.plot(range(len(values)), [mean for mean, _ in values], "o-", color=BLUE, markersize=3, linewidth=1)
     axes.text(len(values) - 1, values[-1][1], " largest", color=ORANGE, va="center")
     axes.text(len(values) - 1, values[-1][0], " mean", color=BLUE, va="center")
-    axes.set_yscale("log")
+    _logarithmic(axes)
     axes.set_ylabel("magnitude of the factors")
     axes.margins(x=0.08)
     _named(axes, numbers)
@@ -220,13 +220,21 @@ def _norms(found: Anatomy) -> Figure | None:
     last = found.norms[-1]
     axes.text(len(numbers) - 1, last.largest, " longest", color=ORANGE, va="center")
     axes.text(len(numbers) - 1, last.median, " median", color=BLUE, va="center")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    _logarithmic(axes)
     axes.margins(x=0.08)
     axes.set_ylabel("norm")
     _named(axes, numbers)
     return figure
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic axis with numbers at 1, 2 and 5 alone: those of all its ticks would lie on each other."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _named(axes: Axes, numbers: dict[str, int]) -> None:
