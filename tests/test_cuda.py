@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from tests.data.test_resident import noise
 from tests.models.test_battery import families, is_classifier, picture, tiny
 from vitrail.data.augment import Augmentation
 from vitrail.data.resident import Resident
@@ -72,13 +74,9 @@ def test_bfloat16_training_is_near(family: str) -> None:
 
 
 def test_pictures_are_augmented_there_as_here(tmp_path: Path) -> None:
-    from tests.data.test_resident import noise
-
     for number, pixels in enumerate(noise(16, 24)):
         place = tmp_path / "train" / "ab"[number % 2]
         place.mkdir(parents=True, exist_ok=True)
-        from PIL import Image
-
         Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{number}.png")
     source = open_splits((str(tmp_path),), val_share=0.0).train
     assert source is not None

@@ -21,6 +21,9 @@ from tests.serve.service import LABELS, Running, picture, running
 from tests.serve.test_answers import form
 from vitrail.serve.refusals import TABLE
 
+HOME = re.escape(str(Path(__file__).parents[2])).encode()
+"""Where the code lies: no answer tells it."""
+
 TEXTS = {text for _, text in TABLE.values()}
 FEW = int(os.environ.get("VITRAIL_FUZZ_IMAGES", "384")), int(os.environ.get("VITRAIL_FUZZ_REQUESTS", "150"))
 MANY = (
@@ -102,7 +105,7 @@ def fuzz_requests(service: Running, count: int, seed: int) -> Counter[str]:
         assert status == "closed" or (status.isdecimal() and (status < "500" or status in ("503", "504"))), (
             told
         )
-        assert not re.search(rb"Traceback|0x[0-9a-f]{6}|/work/|site-packages", told), told
+        assert not re.search(rb"Traceback|0x[0-9a-f]{6}|site-packages|" + HOME, told), told
         found[status] += 1
     assert service.predict(data).status == 200
     return found

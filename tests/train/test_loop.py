@@ -66,6 +66,18 @@ def test_a_run_cut_anywhere_and_gone_on_with_has_the_same_bits() -> None:
     assert equal(again.average.weights, whole.average.weights)
 
 
+def test_mixing_ends_at_the_step_that_was_set() -> None:
+    run, mixed = training(steps=6), list[int]()
+
+    def mix(images: Tensor, targets: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        mixed.append(run.place.step)
+        return images, targets
+
+    run.mix, run.mix_until = mix, 4
+    list(train(run))
+    assert mixed == [0, 1, 2, 3]
+
+
 def test_an_epoch_shows_every_image_once() -> None:
     batches = Batches(count=24, size=4)
     list(train(training(steps=6, batches=batches)))

@@ -59,9 +59,8 @@ def _drawn(
 ) -> Pixels:
     """Each picture after an operation of its own, at this share of its full strength."""
     count, side = len(pictures), min(pictures.shape[2:])
-    kind = torch.randint(
-        len(operations) + 1, (count,), generator=generator
-    )  # the last leaves the picture alone
+    # The last kind leaves the picture alone.
+    kind = torch.randint(len(operations) + 1, (count,), generator=generator)
     sign = 1 - 2 * torch.randint(2, (count,), generator=generator)
     changed = pictures.clone()
     for number, operation in enumerate(operations):
@@ -199,38 +198,23 @@ def grey(images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 1 h w"]:
     return (images * weights).sum(dim=1, keepdim=True)
 
 
+def operations(
+    *, shear: float, shift: Callable[[int], float], degrees: float, colour: float, bits: int
+) -> tuple[Operation, ...]:
+    """The thirteen kinds of change, at these strengths of geometry, colour and posterizing."""
+    signed = [(shear_x, shear), (shear_y, shear), (rotate, degrees)]
+    signed += [(blend, colour) for blend in (brightness, saturation, contrast, sharpness)]
+    plain = [(posterize, float(bits)), (solarize, 255.0), (auto_contrast, 0.0), (equalize, 0.0)]
+    return (
+        *(Operation(change, shift, signed=True) for change in (translate_x, translate_y)),
+        *(Operation(change, _constant(most), signed=True) for change, most in signed),
+        *(Operation(change, _constant(most)) for change, most in plain),
+    )
+
+
 def _constant(value: float) -> Callable[[int], float]:
     return lambda side: value
 
 
-OPERATIONS_RAND = (
-    Operation(shear_x, _constant(0.3), signed=True),
-    Operation(shear_y, _constant(0.3), signed=True),
-    Operation(translate_x, lambda side: 150 / 331 * side, signed=True),
-    Operation(translate_y, lambda side: 150 / 331 * side, signed=True),
-    Operation(rotate, _constant(30.0), signed=True),
-    Operation(brightness, _constant(0.9), signed=True),
-    Operation(saturation, _constant(0.9), signed=True),
-    Operation(contrast, _constant(0.9), signed=True),
-    Operation(sharpness, _constant(0.9), signed=True),
-    Operation(posterize, _constant(4.0)),
-    Operation(solarize, _constant(255.0)),
-    Operation(auto_contrast, _constant(0.0)),
-    Operation(equalize, _constant(0.0)),
-)
-
-OPERATIONS_TRIVIAL = (
-    Operation(shear_x, _constant(0.99), signed=True),
-    Operation(shear_y, _constant(0.99), signed=True),
-    Operation(translate_x, _constant(32.0), signed=True),
-    Operation(translate_y, _constant(32.0), signed=True),
-    Operation(rotate, _constant(135.0), signed=True),
-    Operation(brightness, _constant(0.99), signed=True),
-    Operation(saturation, _constant(0.99), signed=True),
-    Operation(contrast, _constant(0.99), signed=True),
-    Operation(sharpness, _constant(0.99), signed=True),
-    Operation(posterize, _constant(6.0)),
-    Operation(solarize, _constant(255.0)),
-    Operation(auto_contrast, _constant(0.0)),
-    Operation(equalize, _constant(0.0)),
-)
+OPERATIONS_RAND = operations(shear=0.3, shift=lambda side: 150 / 331 * side, degrees=30.0, colour=0.9, bits=4)
+OPERATIONS_TRIVIAL = operations(shear=0.99, shift=_constant(32.0), degrees=135.0, colour=0.99, bits=6)

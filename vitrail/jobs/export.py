@@ -206,7 +206,8 @@ class Pictures:
         try:
             return decode(self.source.read(number), name=self.source.name(number))
         except ImageError as error:
-            self.notes.append(f"left out: {error}")
+            if (note := f"left out: {error}") not in self.notes:  # every proof looks at it again
+                self.notes.append(note)
             return None
 
 

@@ -62,6 +62,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return
         self._stop_clock()
         self.in_head = False
+        self._unset_keepalive_if_required()  # a request that came with the last one's end
         self.away = self._turned_away()
         if not self.away:
             super().on_headers_complete()
@@ -84,9 +85,8 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _turned_away(self) -> bool:
         """Answers at once a request that has no room; its body is then read over, for as long as bodies may take."""
-        answers_wait = (
-            self.cycle is not None and not self.cycle.response_complete
-        )  # pipelining: theirs come first
+        # With pipelining, answers to earlier requests come first.
+        answers_wait = self.cycle is not None and not self.cycle.response_complete
         if answers_wait or self.parser.get_http_version() != "1.1" or self.url != b"/predict":
             return False
         gate: Any = self.config.app
