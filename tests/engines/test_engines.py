@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,30 @@ def test_an_engine_that_was_asked_for_is_held_against_torch_once(
 def test_an_unknown_engine_is_refused_with_near_names(model: Path) -> None:
     with pytest.raises(ConfigError, match="Did you mean openvino"):
         open_engine(model, "openvine")
+
+
+def test_a_graph_is_prepared_beside_an_int8_one(model: Path) -> None:
+    shelf = Shelf(model)
+    (shelf.place() / GRAPH).unlink()
+    (shelf.place() / "int8").mkdir()
+    with untyped():
+        assert open_engine(model, "onnxruntime").name == "onnxruntime"
+    assert (shelf.place() / "int8").is_dir() and shelf.graph() is not None
+
+
+def test_openvino_computes_in_several_threads_at_once_on_a_share_of_the_cores(
+    model: Path,
+) -> None:
+    pytest.importorskip("openvino")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        engine = open_engine(model, "openvino", precision="fp32")
+        assert engine.name == "openvino" and same(engine, model)
+        with ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,)) as lanes:
+            assert all(lanes.map(lambda _: same(engine, model), range(40)))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_int8_without_a_graph_says_how_to_make_one(model: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from vitrail.runtime import has_bfloat16
 
 
 class OpenVinoEngine:
-    """An OpenVINO folder, or an ONNX file, compiled for this CPU on as many threads as torch uses.
+    """An OpenVINO folder, or an ONNX file, compiled for this CPU.
+
+    A call computes on as many threads as torch would use in the thread that calls. With fewer than when the engine
+    was made, calls from several threads go side by side, each on its share of the cores.
 
     Args:
         path: the folder, its model.xml, or an .onnx file.
@@ -44,14 +48,18 @@ class OpenVinoEngine:
         self.precision = "int8" if self.label.precision == "int8" else precision
         # What int8 leaves over (norms, softmax, what was kept) is quicker in bf16, too; the proof sees it so.
         half = precision == "bf16" or (self.precision == "int8" and has_bfloat16(torch.device("cpu")))
-        options: dict[str, Any] = {
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        self.threads = torch.get_num_threads()
+        self._options: dict[str, Any] = {
+            "INFERENCE_NUM_THREADS": self.threads,
             "INFERENCE_PRECISION_HINT": "bf16" if half else "f32",
-            "PERFORMANCE_HINT": "LATENCY",
         }
         if cache is not None:
-            options["CACHE_DIR"] = str(cache)
-        self.compiled: Any = core.compile_model(model, "CPU", options)
+            self._options["CACHE_DIR"] = str(cache)
+        self._core, self._model = core, model
+        self._compiled: dict[int, Any] = {}
+        self._requests = threading.local()
+        self._making = threading.Lock()
+        self.compiled: Any = self._on(self.threads)
         self.card = self.label.card
         self.inputs = [entry.get_any_name() for entry in self.compiled.inputs]
         shape = self.compiled.output(0).partial_shape
@@ -63,6 +71,23 @@ class OpenVinoEngine:
         """What the graph answers, float32 on the CPU, to uint8 images `[B, C, h, w]`: logits `[B, K]`, or the record
         of a dense model (nn.shapes). `padding` `[B, h, w]` is for detectors."""
         inputs = feed(images, padding, self.inputs, self.label)
-        found = self.compiled([value.numpy() for value in inputs])
+        found = self._request().infer([value.numpy() for value in inputs])
         asked = needed(self.label.outputs)
         return record(asked, [found[self.label.outputs.index(name)].copy() for name in asked], self.card.task)
+
+    def _on(self, threads: int) -> Any:
+        """The graph compiled for calls on so many threads each; as many calls at a time as there are cores for."""
+        with self._making:
+            if threads not in self._compiled:
+                streams = self.threads // threads
+                hint = {"NUM_STREAMS": streams} if streams > 1 else {"PERFORMANCE_HINT": "LATENCY"}
+                self._compiled[threads] = self._core.compile_model(self._model, "CPU", self._options | hint)
+            return self._compiled[threads]
+
+    def _request(self) -> Any:
+        """What runs a call: each thread that calls has its own."""
+        threads = min(torch.get_num_threads(), self.threads)
+        kept: Any = self._requests.__dict__
+        if threads not in kept:
+            kept[threads] = self._on(threads).create_infer_request()
+        return kept[threads]

@@ -116,8 +116,9 @@ class Shelf:
                 source_sha256=self.sha256,
             )
             write_onnx(program, unfinished / GRAPH, label)
-            with contextlib.suppress(OSError):  # another process was quicker: its graph is as good
-                os.replace(unfinished, place)
+            place.mkdir(parents=True, exist_ok=True)  # it may hold an int8 graph already
+            for file in sorted(unfinished.iterdir(), key=lambda file: file.name == GRAPH):
+                os.replace(file, place / file.name)  # the graph last: what it needs is there when it is
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
         self._sweep(place)

@@ -117,8 +117,9 @@ class Served:
         shutil.copytree(model_folder(folder), self.copy, dirs_exist_ok=True)
         self.predictor = Predictor(self.copy, engine, precision, device=device, batch_size=batch_size)
         self.card = self.predictor.engine.card
-        # Other engines keep threads of their own.
-        self.share = share if share and self.predictor.engine.name == "torch" else torch.get_num_threads()
+        # ONNX Runtime has one set of threads for all calls.
+        apart = self.predictor.engine.name in ("torch", "openvino")
+        self.share = share if share and apart else torch.get_num_threads()
         self.labels = self.predictor.labels
         self.version = (self.card.sha256 or self.stamp)[:12]
         self.preprocessing = dataclasses.asdict(self.card.preprocessing)
