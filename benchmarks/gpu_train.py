@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from vitrail.cli.show import plain_table
 from vitrail.jobs.models import cost
 from vitrail.models import registry
+from vitrail.nn.block import drop_by_subset
 from vitrail.runtime import Runtime
 
 SIZES = {
@@ -66,6 +67,11 @@ class Contender:
     maker: str
     way: str
     task: str = "training"
+    drop_path: float = 0.0
+    subset: bool = False
+    """Ours: drop path by a subset of the batch."""
+    patch_drop: float = 0.0
+    """Ours: share of the patches left out in training."""
 
     @property
     def name(self) -> str:
@@ -89,11 +95,15 @@ def build(contender: Contender, device: torch.device) -> nn.Module:
     """The contender's network on the device, compiled as it asks."""
     torch.manual_seed(0)
     if contender.maker == "vitrail":
-        network: Any = registry.create_model(contender.model)
+        network: Any = registry.create_model(contender.model, drop_path_rate=contender.drop_path)
+        if contender.subset:
+            drop_by_subset(network)
+        if contender.patch_drop:
+            network.set_patch_drop(contender.patch_drop)
     else:
         import timm
 
-        network = timm.create_model(contender.model)
+        network = timm.create_model(contender.model, drop_path_rate=contender.drop_path)
     network.to(device)
     if contender.way == "blocks" and contender.maker == "vitrail":
         blocks = [block for stage in network.backbone.stages for block in stage.blocks]
@@ -403,6 +413,9 @@ def parse(doc: str | None, models: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--timm-ways", nargs="+", choices=WAYS, help="of timm in training; by default the same"
     )
+    parser.add_argument("--drop-path", type=float, default=0.0, help="of ours and timm's")
+    parser.add_argument("--drop-path-subset", action="store_true", help="ours computes only what stays")
+    parser.add_argument("--patch-drop", type=float, default=0.0, help="share of patches that ours leaves out")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10, help="steps in one round")
     parser.add_argument("--device", default="cuda")
@@ -433,7 +446,14 @@ def entered(given: argparse.Namespace) -> list[Contender]:
         for maker, ways in (("vitrail", given.ways), ("timm", given.timm_ways or given.ways)):
             if "huge" in model:  # 32 blocks in one piece take minutes to compile
                 ways = ["blocks"]
-            found += [Contender(model, batch, maker, way) for way in ways]
+            ours = maker == "vitrail"
+            found += [
+                Contender(
+                    model, batch, maker, way, "training", given.drop_path,
+                    ours and given.drop_path_subset, given.patch_drop if ours else 0.0,
+                )
+                for way in ways
+            ]  # fmt: skip
     for model in given.infer:
         for maker in ("vitrail", "timm"):
             found += [

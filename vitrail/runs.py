@@ -56,6 +56,13 @@ class TrainRun:
     """Fields of the network's config, as NAME=VALUE: patch_size=4 width=192 'backbone_changes={"stem": "conv"}'."""
     drop_path: float | None = None
     """Largest rate of stochastic depth, 0..1."""
+    drop_path_subset: bool = False
+    """Stochastic depth by a fixed number of the batch's pictures, the others' branches not computed: quicker."""
+    patch_drop: float = 0.0
+    """Share of each picture's patches that the last stage (a plain ViT has no other) goes without while training, 0 to
+    below 1: quicker."""
+    patch_drop_off: float = 0.1
+    """Share of the run, at its end, in which all patches are seen, 0..1."""
     freeze: Literal["none", "backbone"] = "none"
     """backbone trains only the head: a linear probe."""
     grad_checkpointing: bool = False

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from vitrail.errors import UnsupportedError
 from vitrail.models import registry
 from vitrail.models.registry import FAMILIES
+from vitrail.nn.shapes import Grid
+from vitrail.nn.trunk import leave_out
 
 
 def families() -> list[str]:
@@ -135,7 +138,6 @@ def test_takes_other_classes(family: str) -> None:
 
 @classifiers
 def test_attention_written_down_gives_the_same_tokens(family: str) -> None:
-    from vitrail.nn.shapes import Grid
 
     seen = []
 
@@ -152,3 +154,35 @@ def test_attention_written_down_gives_the_same_tokens(family: str) -> None:
         for mixer, inputs, output in seen:
             weights = mixer.weights(*inputs)
             assert torch.allclose(mixer.mix(weights, *inputs), output, atol=1e-4, rtol=1e-4)
+
+
+BLIND = ("deit", "performer", "pit", "t2t", "vit")
+"""Families whose last blocks look at no positions."""
+
+
+@classifiers
+def test_patches_are_left_out_while_training_or_refused(family: str) -> None:
+    model, images = tiny(family), picture(family)
+    if family not in BLIND:
+        with pytest.raises(UnsupportedError, match="needs whole maps"):
+            model.set_patch_drop(0.5)
+        return
+    whole = model(images)
+    model.set_patch_drop(0.75)
+    assert torch.equal(model(images), whole)
+    front = model.forward_features(images).shape[1] - model.grid.size
+    tokens, grid = model.train().backbone.tokens(images)
+    assert grid.size == round(model.grid.size / 4) and tokens.shape[1] == front + grid.size
+    model(images).sum().backward()
+    model.set_patch_drop(0.0)
+    assert model.forward_features(images).shape[1] == front + model.grid.size
+
+
+def test_what_is_left_of_a_picture_is_some_of_its_patches_each_once() -> None:
+    tokens = torch.arange(2.0 * 13).reshape(2, 13, 1).expand(2, 13, 3)
+    found, grid = leave_out(tokens, Grid(3, 4), 0.5)
+    assert grid == Grid(1, 6) and torch.equal(found[:, 0], tokens[:, 0])
+    for row, kept in zip(tokens, found, strict=True):
+        numbers = kept[1:, 0].tolist()
+        assert len(set(numbers)) == 6 and set(numbers) <= set(row[1:, 0].tolist())
+    assert leave_out(tokens, Grid(3, 4), 0.99)[1].size == 1

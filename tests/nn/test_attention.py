@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,49 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
     assert sorted(out.unique().tolist()) == pytest.approx([0.0, 1 / 0.75])
     assert out.mean().item() == pytest.approx(1.0, abs=0.03)
     assert torch.equal(drop.eval()(torch.ones(5, 2)), torch.ones(5, 2))
+
+
+def test_drop_path_by_subset_computes_only_what_stays_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    drop = DropPath(0.25).train()
+    drop.subset = True
+    seen = []
+
+    def branch(part: torch.Tensor) -> torch.Tensor:
+        seen.append(len(part))
+        return torch.ones_like(part)
+
+    tokens = torch.randn(8, 3, 2)
+    added = sum((drop.add(tokens, branch) - tokens).flatten(1) for _ in range(400)) / 400
+    assert seen == [6] * 400
+    assert torch.allclose(added, torch.ones(8, 6), atol=0.15)
+    once = (drop.add(tokens, branch) - tokens).flatten(1)
+    assert torch.allclose(once.sum(dim=0), torch.full((6,), 8.0), atol=1e-5)
+    assert torch.allclose(drop.eval().add(tokens, branch), tokens + 1) and seen[-1] == 8
+
+
+@pytest.mark.parametrize("order", ["pre", "post", "res-post"])
+def test_a_block_without_its_dropped_samples_is_the_block_of_the_others(order: Any) -> None:
+    torch.manual_seed(0)
+    block = Block(8, Attention(8, 2), 16, order=order, drop_path=0.5).double().train()
+    block.drop_path.subset = True
+    tokens, grid = torch.randn(2, 4, 8, dtype=torch.float64), Grid(2, 2)
+    torch.manual_seed(3)
+    first, second = (int(torch.randperm(2)[0]) for _ in range(2))
+    torch.manual_seed(3)
+    found = block(tokens, grid)
+    # One of two stays in each branch, and counts twice.
+    block.drop_path = DropPath(0.0)
+    norm1, norm2, mixer, mlp = block.norm1, block.norm2, block.mixer, block.mlp
+    wanted = tokens
+    for chosen, norm, part in ((first, norm1, mixer), (second, norm2, mlp)):
+        before = norm(wanted) if order == "pre" else wanted
+        added = 2.0 * (norm(part(before, grid)) if order == "res-post" else part(before, grid))
+        added[1 - chosen] = 0.0
+        wanted = norm(wanted + added) if order == "post" else wanted + added
+    assert torch.allclose(found, wanted, atol=1e-12)
+    found.sum().backward()
+    assert all(weight.grad is not None for weight in block.parameters())
 
 
 def test_drop_path_rates_rise_evenly_or_stay() -> None:

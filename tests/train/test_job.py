@@ -138,6 +138,25 @@ def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(data: Path, tmp_p
     assert steps == sorted(set(steps)) and steps[-1] == 18
 
 
+def test_patches_left_out_and_dropped_pictures_go_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    changes = {"patch_drop": 0.5, "patch_drop_off": 0.3, "drop_path": 0.5, "drop_path_subset": True}
+    seen: list[int] = []
+    run = record(data, tmp_path / "whole", deterministic=True, **changes)
+
+    def watch(stage: torch.nn.Module, given: Any, found: Any) -> None:
+        if stage.training:
+            seen.append(found[1].size)
+
+    with torch.nn.modules.module.register_module_forward_hook(
+        lambda part, given, found: watch(part, given, found) if type(part).__name__ == "Stage" else None
+    ):
+        whole, _ = go(run)
+    assert seen == [2] * 13 + [4] * 5  # of 18 steps the last three tenths see all four patches
+    train(record(data, tmp_path / "cut", deterministic=True, **changes, steps=8, epochs=None))
+    second, _ = go(record(data, tmp_path / "cut", deterministic=True, **changes))
+    assert second.reason == "done" and whole.reason == "done"
+
+
 def test_a_run_goes_on_longer_but_not_as_another_run(data: Path, tmp_path: Path) -> None:
     go(record(data, tmp_path / "run", epochs=1))
     with pytest.raises(ConfigError, match=r"another run \(lr was 0.01, is 0.02\).*--resume none"):
@@ -254,6 +273,10 @@ def test_test_pictures_choose_nothing(data: Path, tmp_path: Path) -> None:
         ({"batch_size": 64}, "One step takes 64 images"),
         ({"epochs": 2, "steps": 5}, "not both"),
         ({"smoothing": 1.5}, "smoothing"),
+        ({"patch_drop": 1.0}, "patch_drop is a share"),
+        ({"patch_drop_off": 2.0}, "patch_drop_off is a share"),
+        ({"drop_path_subset": True}, "needs a drop_path above 0"),
+        ({"model": "swin_nano_patch2_32", "model_kwargs": (), "patch_drop": 0.5}, "needs whole maps"),
         ({"model_kwargs": ("width",)}, "NAME=VALUE"),
         ({"model_kwargs": ("widht=16",)}, "width"),
         ({"img_size": (15,)}, "16|patch|divide"),

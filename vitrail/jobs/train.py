@@ -158,6 +158,7 @@ class _Job:
             average=self.average,
             mix=self._mix(),
             mix_until=round((1 - run.mix_off) * self.pace.steps) if run.mix_off else None,
+            before_step=self._set_patch_drop if run.patch_drop else None,
             frozen=frozen,
             evaluate=self._evaluate if self.data.val is not None else None,
             save=self.keeper.save,
@@ -191,6 +192,10 @@ class _Job:
             features = compute_features(self.model, last, ordered, self._inputs, runtime)
             return FeatureBatches(*features, batch_size=size, seed=run.seed)
         return pictures.training_batches(run, source, self.preprocessing, runtime)
+
+    def _set_patch_drop(self, step: int) -> None:
+        whole = step >= (1.0 - self.run.patch_drop_off) * self.pace.steps
+        self.model.set_patch_drop(0.0 if whole else self.run.patch_drop)
 
     def _pace(self, batches: int) -> Pace:
         run = self.run
@@ -385,8 +390,11 @@ def _check(run: TrainRun) -> None:
         value = getattr(run, name)
         if value is not None and not bound <= value < float("inf"):
             raise ConfigError(f"{name} must be {bound} or more; got {value}.")
-    if not 0.0 <= run.mix_off <= 1.0:
-        raise ConfigError(f"mix_off is a share of the run, 0..1; got {run.mix_off}.")
+    for name in ("mix_off", "patch_drop_off"):
+        if not 0.0 <= getattr(run, name) <= 1.0:
+            raise ConfigError(f"{name} is a share of the run, 0..1; got {getattr(run, name)}.")
+    if not 0.0 <= run.patch_drop < 1.0:
+        raise ConfigError(f"patch_drop is a share of the patches, from 0 to below 1; got {run.patch_drop}.")
 
 
 def _default_folder(run: TrainRun) -> str:

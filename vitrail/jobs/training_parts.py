@@ -20,6 +20,7 @@ from vitrail.jobs.training_data import Data, Say, typical_side
 from vitrail.models import loading, registry
 from vitrail.models.backbones import backbone, load_backbone
 from vitrail.models.classifier import Classifier
+from vitrail.nn.block import drop_by_subset
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime
 from vitrail.train.distill import Distillation
@@ -83,6 +84,12 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
         for line in receipt.lines():
             say(Note(text=line, kind="receipt"))
     model.set_grad_checkpointing(run.grad_checkpointing)
+    if run.drop_path_subset and not drop_by_subset(model):
+        raise ConfigError(f"drop_path_subset needs a drop_path above 0; {run.model} has none.")
+    if run.patch_drop:
+        if not hasattr(model, "set_patch_drop"):
+            raise ConfigError("patch_drop is for networks that classify.")
+        model.set_patch_drop(run.patch_drop)
     labels = _called(model.card, data.classes)
     model.card = dataclasses.replace(
         model.card,

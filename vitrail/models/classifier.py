@@ -12,6 +12,7 @@ from typing import Protocol
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.errors import UnsupportedError
 from vitrail.models.model import Model
 from vitrail.nn.heads import ClassHead, DistilledHead
 from vitrail.nn.shapes import ClassOutput, Features, Grid, Level
@@ -114,6 +115,22 @@ class Classifier(Model):
         """Recompute each block's activations in the backward pass: less memory for a third more time."""
         for stage in self._stages():
             stage.recompute = on
+
+    def set_patch_drop(self, share: float) -> None:
+        """Leave out a share of each picture's patches in the last stage while training, 0 for none (FLIP, 2212.00794;
+        PatchDropout, 2208.07220): positions are added before, so what stays knows where it was.
+
+        Raises UnsupportedError where its blocks or the head need whole maps (windows, reductions, convolutions).
+        """
+        last = self._stages()[-1]
+        able = isinstance(last, Stage) and last.blind and getattr(self.head, "pooling", "token") != "flatten"
+        if able:
+            last.left_out = share
+        elif share:
+            raise UnsupportedError(
+                "Patches can be left out where the last stage's blocks look at all tokens alike (ViT, DeiT, T2T-ViT,"
+                f" PiT, Performer); {self.name} needs whole maps."
+            )
 
     def set_distilled_training(self, on: bool = True) -> None:
         """Whether a model with a distillation head gives both heads' logits while it trains."""

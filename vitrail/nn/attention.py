@@ -82,6 +82,9 @@ class Attention(nn.Module):
     `value_skip` adds the values to the output: the residual of a mixer that changes the width (T2T-ViT).
     """
 
+    sees_grid = False
+    """Whether it matters where tokens lie; else any of them may be missing."""
+
     def __init__(
         self,
         width: int,

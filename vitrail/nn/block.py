@@ -7,7 +7,7 @@ res-post   x = x + norm(f(x))         Swin v2
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -20,7 +20,12 @@ NormOrder = Literal["pre", "post", "res-post"]
 
 
 class DropPath(nn.Module):
-    """Drops a whole residual branch for a share of the samples while training (stochastic depth, 1603.09382)."""
+    """Drops a whole residual branch for a share of the samples while training (stochastic depth, 1603.09382).
+
+    By default each sample's branch is computed, and dropped by a draw of its own. With `subset` a fixed number of
+    samples, drawn anew each time, goes through the branch at all (DINOv2, 2304.07193, section 5): the same mean, less
+    to compute, shapes that never change. Where the rate is less than half a sample, each draws for itself after all.
+    """
 
     keep: Tensor | None
     """Share of the samples whose branch stays, as a tensor, where blocks are compiled."""
@@ -28,6 +33,7 @@ class DropPath(nn.Module):
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
         self.rate = rate
+        self.subset = False
         self.register_buffer("keep", None, persistent=False)
 
     def forward(self, branch: Float[Tensor, B * rest]) -> Float[Tensor, B * rest]:
@@ -41,6 +47,18 @@ class DropPath(nn.Module):
             return branch
         keep = 1.0 - self.rate
         return branch * (branch.new_empty(each).bernoulli_(keep) / keep)
+
+    def add(
+        self, tokens: Float[Tensor, "B N D"], branch: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "B N D"]:
+        """Tokens plus what the branch makes of them, without the samples for which it is dropped."""
+        count = len(tokens)
+        kept = max(1, round(count * (1.0 - self.rate)))
+        if not (self.subset and self.training and kept < count):
+            return tokens + self(branch(tokens))
+        chosen = torch.randperm(count, device=tokens.device)[:kept]
+        found = branch(tokens[chosen])
+        return tokens.index_add(0, chosen, found.to(tokens.dtype), alpha=count / kept)
 
     def share_code(self, device: torch.device) -> None:
         """From here on the rate is an input of compiled code, so that blocks that differ in nothing else share it."""
@@ -128,15 +146,17 @@ class Block(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B N V"]:
         if self.order == "pre":
-            branch = self.drop_path(self.scale1(self.mixer(self.norm1(tokens), grid)))
-            tokens = tokens + branch if self.skips else branch
-            tokens = tokens + self.drop_path(self.scale2(self.mlp(self.norm2(tokens), grid)))
+            if self.skips:
+                tokens = self.drop_path.add(tokens, lambda t: self.scale1(self.mixer(self.norm1(t), grid)))
+            else:
+                tokens = self.drop_path(self.scale1(self.mixer(self.norm1(tokens), grid)))
+            tokens = self.drop_path.add(tokens, lambda t: self.scale2(self.mlp(self.norm2(t), grid)))
         elif self.order == "post":
-            tokens = self.norm1(tokens + self.drop_path(self.scale1(self.mixer(tokens, grid))))
-            tokens = self.norm2(tokens + self.drop_path(self.scale2(self.mlp(tokens, grid))))
+            tokens = self.norm1(self.drop_path.add(tokens, lambda t: self.scale1(self.mixer(t, grid))))
+            tokens = self.norm2(self.drop_path.add(tokens, lambda t: self.scale2(self.mlp(t, grid))))
         else:
-            tokens = tokens + self.drop_path(self.scale1(self.norm1(self.mixer(tokens, grid))))
-            tokens = tokens + self.drop_path(self.scale2(self.norm2(self.mlp(tokens, grid))))
+            tokens = self.drop_path.add(tokens, lambda t: self.scale1(self.norm1(self.mixer(t, grid))))
+            tokens = self.drop_path.add(tokens, lambda t: self.scale2(self.norm2(self.mlp(t, grid))))
         return tokens
 
 
@@ -188,6 +208,14 @@ class ParallelBlock(nn.Module):
         tokens = tokens + sum(branch(tokens, grid) for branch in self.mixers)
         tokens = tokens + sum(branch(tokens, grid) for branch in self.mlps)
         return tokens
+
+
+def drop_by_subset(model: nn.Module) -> int:
+    """Have every drop path of a model take a subset of the batch (`DropPath`); how many of them drop at all."""
+    found = [part for part in model.modules() if isinstance(part, DropPath)]
+    for part in found:
+        part.subset = True
+    return sum(part.rate > 0.0 for part in found)
 
 
 def drop_path_rates(rate: float, depth: int, shape: Literal["linear", "constant"] = "linear") -> list[float]:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vitrail.nn.block import Block, Branch, Mlp, ParallelBlock
 from vitrail.nn.shapes import Features, Grid, Level
 
 
@@ -30,6 +31,21 @@ def split(
     prefix = tokens.shape[1] - grid.size
     map = tokens[:, prefix:].transpose(1, 2).unflatten(2, tuple(grid))  # [B, D, h, w]
     return map, tokens[:, :prefix] if prefix else None
+
+
+def leave_out(
+    tokens: Float[Tensor, "B N D"], grid: Grid, share: float
+) -> tuple[Float[Tensor, "B M D"], Grid]:
+    """Tokens without a share of their patches, others in every picture; the prefix stays (FLIP, 2212.00794).
+
+    The number that stays is the same for all, one at least. What is left has no rows and columns any more: its grid
+    is one row.
+    """
+    count = grid.size
+    front, kept = tokens.shape[1] - count, max(1, round(count * (1.0 - share)))
+    order = torch.rand(len(tokens), count, device=tokens.device).argsort(dim=1)[:, :kept]  # [B, M - P]
+    patches = tokens[:, front:].gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+    return torch.cat([tokens[:, :front], patches], dim=1), Grid(1, kept)
 
 
 class Stage(nn.Module):
@@ -53,6 +69,20 @@ class Stage(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
         self.taps, self.shown = tuple(taps), shown
         self.recompute = False  # activation checkpointing, switched by set_grad_checkpointing
+        self.left_out = 0.0  # share of patches left out in training, set by set_patch_drop
+
+    @property
+    def blind(self) -> bool:
+        """Whether no block looks at where a token lies, so that some may be left out."""
+        bodies: list[nn.Module] = []
+        for block in self.blocks:
+            if isinstance(block, ParallelBlock):
+                bodies += [cast(Branch, branch).body for branch in (*block.mixers, *block.mlps)]
+            elif type(block) is Block:
+                bodies += [block.mixer, block.mlp]
+            else:
+                return False
+        return all(isinstance(body, Mlp) or not getattr(body, "sees_grid", True) for body in bodies)
 
     def forward(
         self, map: Float[Tensor, "B C _ _"], prefix: Float[Tensor, "B P C"] | None
@@ -61,6 +91,8 @@ class Stage(nn.Module):
         map, prefix = self.entry(map, prefix)
         grid = Grid(map.shape[2], map.shape[3])
         tokens = join(map, prefix)
+        if self.left_out and self.training:
+            tokens, grid = leave_out(tokens, grid, self.left_out)
         tapped = []
         for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():

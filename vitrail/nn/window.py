@@ -161,6 +161,8 @@ class WindowAttention(Attention):
     `window` is the largest window; `shifted` moves the windows by half their side. The map has no prefix.
     """
 
+    sees_grid = True
+
     def __init__(
         self,
         width: int,

@@ -45,6 +45,8 @@ class Training:
     """Mixes images and labels; the generator is seeded anew for every batch."""
     mix_until: int | None = None
     """The step from which on nothing is mixed any more."""
+    before_step: Callable[[int], None] | None = None
+    """Called with the number of the step that comes: for what changes in the course of a run."""
     frozen: Sequence[nn.Module] = ()
     """Parts that stay in evaluation mode."""
     evaluate: Callable[[], tuple[Mapping[str, float], str]] | None = None
@@ -72,6 +74,8 @@ def train(training: Training) -> Iterator[Record]:
     with Interrupt() as interrupt:
         while place.step < pace.steps:
             t.optimiser.set_rate(t.schedule(place.step))
+            if t.before_step is not None:
+                t.before_step(place.step)
             for part in range(pace.accumulate):
                 with meter.waiting():
                     batch = feed.fetch()
