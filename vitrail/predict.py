@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.data.dense_loader import pad_together
+from vitrail.data.dense_loader import pad_together, together
 from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine, open_engine
@@ -53,7 +53,8 @@ class Predictor:
         precision: auto (bf16 where the chip computes in it), fp32, bf16, int8 (what `vitrail export --int8`
             made of the model), or fp16 on CUDA.
         device: auto, cpu, cuda, cuda:N or mps.
-        batch_size: pictures that go through the network together.
+        batch_size: pictures that go through the network together; fewer where boxes or masks are found in large ones
+            (`data.dense_loader.MOST_PIXELS`).
         top_k: classes named for each picture, unless a call says otherwise.
         threshold: score that a box must have to be told, 0..1.
 
@@ -84,7 +85,8 @@ class Predictor:
         self.labels = class_names(self.engine)
         self.task: Any = choose(self.engine.card.task, self.labels)
         self.threshold = threshold
-        self.batch_size = batch_size
+        dense = self.engine.card.task != "image-classification"
+        self.batch_size = together(batch_size, self.engine.card.preprocessing) if dense else batch_size
         self.top_k = top_k
 
     def __call__(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> list[Any]:

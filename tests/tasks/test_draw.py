@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from vitrail.tasks.draw import Tile, confusion_picture, contact_sheet
+from vitrail.tasks.draw_dense import draw_mask, index_png
 
 
 @pytest.mark.parametrize("classes", [2, 12, 60])
@@ -37,3 +39,11 @@ def test_rows_without_images_and_unequal_pictures_are_drawn() -> None:
     ]
     with Image.open(io.BytesIO(contact_sheet(tiles, "Mistakes"))) as image:
         assert image.format == "PNG"
+
+
+def test_a_picture_without_any_segment_is_drawn_as_it_is() -> None:
+    pixels, nothing = np.full((8, 9, 3), 70, dtype=np.uint8), np.full((8, 9), 255, dtype=np.uint8)
+    drawn = np.asarray(draw_mask(pixels, nothing, []).convert("RGB"))
+    assert (drawn == 70).all(axis=2).mean() > 0.3
+    with Image.open(io.BytesIO(index_png(nothing, 0))) as mask:
+        assert (np.asarray(mask) == 255).all()

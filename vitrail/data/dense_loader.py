@@ -19,6 +19,10 @@ from vitrail.data.loader import FILLER, Batch, Builder
 from vitrail.data.masks import IGNORED
 from vitrail.data.transforms import colour
 from vitrail.errors import ImageError
+from vitrail.weights.card import Preprocessing
+
+MOST_PIXELS = 8 * 2**20
+"""Pixels in one batch where no gradient is kept: a ResNet-50 takes 250 bytes of memory for each of them."""
 
 Item = TypeVar("Item")
 
@@ -98,6 +102,13 @@ def check_size(name: str, size: tuple[int, int], target: Any) -> None:
             f"{name}: the picture has {size[0]}×{size[1]} pixels, its annotation {told[0]}×{told[1]}."
             " (A picture that its camera turned is annotated unturned?)"
         )
+
+
+def together(most: int, preprocessing: Preprocessing) -> int:
+    """How many pictures go through a dense network together: `most`, but no more than have `MOST_PIXELS`; one at
+    least."""
+    rows, columns = preprocessing.input_size
+    return max(1, min(most, MOST_PIXELS // (rows * columns)))
 
 
 def pad_together(images: Sequence[Tensor], fill: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vitrail.data.dense_loader import together
 from vitrail.data.image import decode
 from vitrail.data.sources import Splits
 from vitrail.errors import DataError
@@ -68,8 +69,9 @@ def score(
     source, more = in_models_order(source, engine)
     notes += more
     labels = source.classes
+    size = together(run.batch_size, engine.card.preprocessing)
     loader = loader_in_order(
-        source, engine.card.preprocessing, batch_size=run.batch_size, workers=workers(len(source)), max_bad_share=1.0
+        source, engine.card.preprocessing, batch_size=size, workers=workers(len(source)), max_bad_share=1.0
     )  # fmt: skip
     task = choose(engine.card.task, labels)
     metrics, worst, done = task.metrics(), Worst(task, source.kind), 0
@@ -77,7 +79,7 @@ def score(
     def seen(output: Any, batch: Any) -> None:
         nonlocal done
         worst.add(output, batch)
-        done = min(done + run.batch_size, len(source))
+        done = min(done + size, len(source))
         if watch is not None:
             watch(done, len(source))
 

@@ -7,7 +7,6 @@ names that they have in the classifier, so a classifier's files fit.
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,8 +20,6 @@ from vitrail.models.model import Model
 from vitrail.nn.resnet import ResidualTrunk
 from vitrail.nn.shapes import Level
 from vitrail.weights import adapter
-
-logger = logging.getLogger(__name__)
 
 
 class Chosen(NamedTuple):
@@ -95,7 +92,6 @@ def load_backbone(model: Model, path: str | Path) -> adapter.Receipt:
         strict=False,
     )
     receipt = dataclasses.replace(receipt, dropped=(*receipt.dropped, *spare))
-    logger.info("backbone: %s", receipt.summary())
     return receipt
 
 

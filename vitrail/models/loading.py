@@ -56,7 +56,6 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
     if card is not None:
         kept = not any(name.startswith("head.") for name in receipt.fresh)
         model.card = _adopt(model.card, card, keep_labels=kept)
-    logger.info(receipt.summary())
     return receipt
 
 

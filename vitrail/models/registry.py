@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import importlib
+import logging
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ from vitrail import config as records
 from vitrail.errors import ConfigError, ModelError, suggestion
 from vitrail.models.model import Model
 from vitrail.weights.card import Card
+
+logger = logging.getLogger(__name__)
 
 CLASSIFICATION = "image-classification"
 
@@ -133,7 +136,7 @@ def create_model(
     if path:
         from vitrail.models.loading import load_pretrained
 
-        load_pretrained(model, path, replace_head=num_classes is not None)
+        logger.info(load_pretrained(model, path, replace_head=num_classes is not None).summary())
     return model
 
 

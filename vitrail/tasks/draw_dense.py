@@ -104,7 +104,8 @@ def index_png(mask: Array, classes: int) -> bytes:
 def palette(classes: int) -> Array:
     """Colours uint8 `[256, 3]` of class numbers; black for numbers that are none."""
     table = np.zeros((256, 3), dtype=np.uint8)
-    table[:classes] = [colour_of(index) for index in range(classes)]
+    for index in range(min(classes, len(table))):
+        table[index] = colour_of(index)
     return table
 
 
