@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,8 +45,35 @@ BOUNDS = {
 """By the precision that the artefact computes in."""
 
 
+class Findings:
+    """What proofs of every kind have in common; the fields are theirs."""
+
+    failures: tuple[str, ...]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; what is not finite is null."""
+        own: Any = self
+        view = {**asdict(own), "failures": list(self.failures), "passed": self.passed}
+        return {
+            name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in view.items()
+        }
+
+    @classmethod
+    def from_dict(cls, view: dict[str, Any]) -> Self:
+        """What `to_dict` gave."""
+        own: Any = cls
+        known = {field.name for field in fields(own)}
+        values = {name: value for name, value in view.items() if name in known}
+        found: Self = own(**{**values, "failures": tuple(values.get("failures", ()))})
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
-class Proof:
+class Proof(Findings):
     """What was found. Shares in 0..1; accuracies are None where the pictures have no labels."""
 
     precision: str
@@ -69,23 +96,6 @@ class Proof:
     """Which pictures were looked at."""
     failures: tuple[str, ...] = ()
     """What lies outside the bounds, in words; empty where all is well."""
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; what is not finite is null."""
-        view = {**asdict(self), "failures": list(self.failures), "passed": self.passed}
-        return {
-            name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in view.items()
-        }
-
-    @classmethod
-    def from_dict(cls, view: dict[str, Any]) -> Proof:
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in view.items() if name in known}
-        return cls(**{**values, "failures": tuple(values.get("failures", ()))})
 
     def summary(self) -> str:
         """One line for people."""

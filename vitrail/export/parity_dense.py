@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vitrail.errors import DataError
+from vitrail.export.parity import Findings
 from vitrail.nn.shapes import MaskOutput
 from vitrail.tasks.boxes import iou, to_corners
 
@@ -49,7 +50,7 @@ SAME_PLACE = 0.99
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenseProof:
+class DenseProof(Findings):
     """What was found. Shares in 0..1; scores are None where the pictures have no annotations."""
 
     task: str
@@ -76,26 +77,9 @@ class DenseProof:
     """What lies outside the bounds, in words; empty where all is well."""
 
     @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    @property
     def things(self) -> str:
         """What is compared."""
         return "boxes" if self.task == "object-detection" else "pixels"
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready; what is not finite is null."""
-        view = {**asdict(self), "failures": list(self.failures), "passed": self.passed}
-        return {
-            name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in view.items()
-        }
-
-    @classmethod
-    def from_dict(cls, view: dict[str, Any]) -> DenseProof:
-        known = {field.name for field in fields(cls)}
-        values = {name: value for name, value in view.items() if name in known}
-        return cls(**{**values, "failures": tuple(values.get("failures", ()))})
 
     def rows(self) -> list[list[str]]:
         """The numbers for a table: what, and how much."""
