@@ -528,7 +528,7 @@ class ServeRun:
     deadline: float = 10.0
     """Seconds until a request is answered 504."""
     engine: EngineName = "auto"
-    """What computes; auto takes what `vitrail predict` would take."""
+    """What computes; auto takes the quickest that was measured here, at the first start if it was not before."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "auto"

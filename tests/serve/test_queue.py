@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from export.worlds import untyped
 
 from tests.serve.service import Running, picture, running, save_model
+from vitrail.engines import choose
 from vitrail.jobs.serve import Seen, Warmth
+from vitrail.predict import Predictor
 from vitrail.serve.admission import Admission
 from vitrail.serve.batcher import Batcher, Engine
 from vitrail.serve.refusals import Refusal
@@ -318,6 +321,34 @@ def test_a_changed_folder_is_taken_over_and_a_corrupt_one_is_not(tmp_path: Path)
         until(lambda: service.count("swaps_total", model="it", outcome="taken") == 1)
         second = service.predict(picture()).json
         assert second["version"] != first["version"] and second["results"] != first["results"]
+
+
+def test_the_quickest_engine_is_found_at_the_start_and_kept_in_a_swap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("vitrail.jobs.serve.A_DAY", 10**12)
+    monkeypatch.setattr(choose, "installed", lambda: ["openvino"])
+    monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "openvino": 2.0})
+    folder, other = save_model(tmp_path / "model", 0), save_model(tmp_path / "other", 1)
+
+    def check(service: Running) -> None:
+        assert service.ask("GET", "/models").json["models"][0]["engine"] == "openvino"
+        found = service.predict(picture()).json["results"][0]["predictions"]
+        offline = Predictor(folder, "openvino", "fp32", device="cpu")
+        assert offline.engine.name == "openvino"
+        offline.top_k = len(found)
+        assert found == [guess.__dict__ for guess in offline([picture()])[0].top]
+
+    with untyped(), running(f"it={folder}", precision="fp32") as service:
+        check(service)
+        assert Predictor(folder, precision="fp32", device="cpu").engine.name == "openvino"  # it is remembered
+        for name in ("model.safetensors", "config.json"):
+            shutil.copy(other / name, folder / f".{name}")
+            os.replace(folder / f".{name}", folder / name)
+        until(lambda: service.count("swaps_total", model="it", outcome="taken") == 1)
+        check(service)
 
 
 def test_a_stop_answers_what_was_let_in_and_refuses_the_rest(folders: tuple[Path, Path]) -> None:

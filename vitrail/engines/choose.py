@@ -181,7 +181,7 @@ def proven(shelf: Shelf, engine: Any) -> str:
         raise ProofError(f"it strays from torch: {'; '.join(proof.failures)}")
     if engine.precision == "fp32":
         return f"logits agree with torch to {proof.logits_max:.0e}"
-    what = proof.things if isinstance(proof, DenseProof) else "the first class"
+    what = proof.things if isinstance(proof, DenseProof) else "the first classes"
     return f"on {proof.images} photographs {what} agree with torch in {100 * proof.agreement:.0f} %"
 
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitrail.data.transforms import Preprocess
+from vitrail.engines import hurry, open_engine
 from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer, Explanation
@@ -47,6 +48,12 @@ WARM_SECONDS = 20.0
 
 WORTH = 0.97
 """Share of a smaller batch's seconds a picture that a larger one may take, or it is not worth the wait."""
+
+A_DAY = 100_000
+"""Pictures that a service is thought to answer, so that looking for a quicker engine is worth its time."""
+
+MEASURED_AT = 8
+"""Pictures in a batch when engines are measured for a service."""
 
 MOST_LANES = 8
 """Pictures that are computed side by side on a CPU."""
@@ -77,6 +84,18 @@ class Warmth:
     """Time of one batch, by its size."""
     abreast: bool = False
     """Whether pictures may be computed side by side, each with its share of the cores."""
+
+
+def find_engine(folder: str, device: str, precision: str) -> str:
+    """The quickest engine for a service of this model, measured and written down where nobody knew it yet.
+
+    Nothing is measured where torch would be through a day's work (`A_DAY`) sooner than that takes.
+    """
+    opened = open_engine(folder, device=device, precision=precision)
+    found = hurry(opened, folder, "auto", images=A_DAY, batch_size=MEASURED_AT)
+    if found is not opened:  # held against float32 once, beside the graph, so that the next start knows it
+        found = open_engine(folder, device=device, precision=precision)
+    return found.name
 
 
 class Served:

@@ -15,7 +15,7 @@ from typing import Any
 
 from vitrail.errors import VitrailError
 from vitrail.jobs.decoder import Bounds
-from vitrail.jobs.serve import Served, shares, stamp, use_threads
+from vitrail.jobs.serve import Served, find_engine, shares, stamp, use_threads
 from vitrail.runs import ServeRun
 from vitrail.serve import settings
 from vitrail.serve.admission import Admission
@@ -109,7 +109,7 @@ class House:
         """Start the decoders, load and warm every model; ready afterwards. Raises what opening a model raises."""
         await self.decoders.start()
         for name, folder in self.folders.items():
-            served = await self._load(name, folder)
+            served = await self._load(name, folder, self.run.engine)
             self.places[name] = Place(name, folder, self._version(served), self)
         _settle()
         self.ready = True
@@ -163,10 +163,11 @@ class House:
     def _version(self, served: Served) -> Version:
         return Version(served, Batcher(served, self.engine, self.metrics.heard))
 
-    async def _load(self, name: str, folder: str) -> Served:
+    async def _load(self, name: str, folder: str, engine: str) -> Served:
         run = self.run
 
         def load() -> Served:
+            chosen = find_engine(folder, run.device, run.precision) if engine == "auto" else engine
             return Served(
                 name,
                 folder,
@@ -175,7 +176,7 @@ class House:
                 batch_size=run.batch_size,
                 device=run.device,
                 precision=run.precision,
-                engine=run.engine,
+                engine=chosen,
                 share=self.engine.share,
             )
 
@@ -211,8 +212,10 @@ class House:
 
     async def _swap(self, place: Place, now: str) -> None:
         """Put the folder's new model in the old one's place; what is wrong with it leaves the old one there."""
+        # Under load no engine is measured: it stays with the one that was found at the start.
+        engine = place.version.served.predictor.engine.name if self.run.engine == "auto" else self.run.engine
         try:
-            served = await self._load(place.name, place.folder)
+            served = await self._load(place.name, place.folder, engine)
         except (VitrailError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             place.refused = now
             self.metrics.swaps.labels(place.name, "refused").inc()
