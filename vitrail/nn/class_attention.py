@@ -23,7 +23,9 @@ class HeadMixing(nn.Linear):
         super().__init__(heads, heads)
 
     def forward(self, input: Float[Tensor, "B H N M"]) -> Float[Tensor, "B H N M"]:
-        return F.conv2d(input, self.weight[:, :, None, None], self.bias)
+        # As a convolution with H channels it takes torch thirty times as long on a CPU.
+        mixing = self.weight.expand(input.shape[0], -1, -1)
+        return torch.baddbmm(self.bias[:, None], mixing, input.flatten(2)).view_as(input)
 
 
 class TalkingHeads(Attention):
