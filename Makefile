@@ -53,7 +53,7 @@ bench: $(READY)  ## measured tables beside peers: training, data path, engines, 
 	@$(BIN)/python benchmarks/engines.py --files $(DATA)/photos/imagenet-30.zip --models vit_small_patch16_224
 	@$(BIN)/python benchmarks/engines.py --cold --rounds 3
 
-bench-families: $(READY)  ## engines on one network of each family, peers compiled too: an hour
+bench-families: $(READY)  ## engines on one network of each family, peers compiled too: ten minutes
 	@$(BIN)/python benchmarks/engines.py --table --keep $(VENV)/bench --peer-modes eager compiled
 
 parity: $(READY)  ## a table of every family beside its references, for the same weights

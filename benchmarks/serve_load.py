@@ -260,6 +260,10 @@ def counters(port: int) -> dict[str, float]:
 
 
 async def measure(folder: str, pictures: list[bytes], options: argparse.Namespace) -> None:
+    if options.engine == "auto":  # what the service would find at its first start, so that both take the same
+        from vitrail.jobs.serve import find_engine
+
+        find_engine(folder, "cpu", options.precision)
     rate, alone = offline(folder, pictures, options)
     print(f"offline (Predictor, {len(pictures)} pictures): {rate:.1f} images/s")
 

@@ -46,7 +46,7 @@ MOST_MASK_LOGITS = 200_000_000
 WARM_SECONDS = 20.0
 """After so long no larger batch is tried."""
 
-WORTH = 0.97
+WORTH = 0.96
 """Share of a smaller batch's seconds a picture that a larger one may take, or it is not worth the wait."""
 
 A_DAY = 100_000
