@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -229,3 +231,23 @@ def test_a_worker_that_dies_is_reported() -> None:
 def test_illegal_settings_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         train_loader(Pictures(16), **options)
+
+
+ORPHAN = """
+import os, time
+from vitrail.data.loader import _begin_worker
+
+owner = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == owner:
+    time.sleep(0.01)
+_begin_worker(0, owner)  # the owner is gone before the worker looks for it
+time.sleep(60)
+"""
+
+
+def test_a_worker_whose_owner_was_killed_while_it_began_ends() -> None:
+    # Its output is a pipe that it holds open: the call returns when nobody does any more.
+    done = subprocess.run([sys.executable, "-c", ORPHAN], capture_output=True, timeout=40)
+    assert done.returncode == 0, done.stderr

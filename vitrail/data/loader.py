@@ -14,9 +14,12 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Protocol
@@ -244,7 +247,7 @@ class Loader:
             num_workers=workers,
             collate_fn=_as_it_is,  # type: ignore[arg-type]  # without batch_size it gets one item
             pin_memory=self._pin_memory,
-            worker_init_fn=_quiet_worker,
+            worker_init_fn=functools.partial(_begin_worker, owner=os.getpid()),
             generator=torch.Generator(),  # of its own: torch's one is the model's, and must resume exactly
             **several,
         )
@@ -377,6 +380,18 @@ def _as_it_is(built: Built) -> Built:
     return built
 
 
-def _quiet_worker(_: int) -> None:
-    """Ctrl-C is the main process's to handle; it ends the workers itself."""
+def _begin_worker(_: int, owner: int) -> None:
+    """Ctrl-C is the main process's to handle; it ends the workers itself. A worker also ends when `owner` is gone.
+
+    torch's own watch takes whoever is the parent when it begins for the owner: a worker whose owner was killed a moment
+    before would live for ever, and keep what it inherited.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if multiprocessing.get_start_method() == "fork":  # else the parent is not the owner
+        threading.Thread(target=_end_with, args=(owner,), daemon=True).start()
+
+
+def _end_with(owner: int) -> None:
+    while os.getppid() == owner:
+        time.sleep(1.0)
+    os._exit(1)
