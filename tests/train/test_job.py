@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +118,19 @@ def test_the_model_folder_knows_its_classes_and_scores_as_training_said(
     assert scores["loss"] == pytest.approx(result.scores["val"]["loss"], rel=1e-5)
 
 
-def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
-    whole, _ = go(record(data, tmp_path / "whole", deterministic=True))
+def interrupt_after(step: int) -> Callable[[Record], None]:
+    """Presses Ctrl-C when a step is told."""
 
     def interrupt(record: Record) -> None:
-        if isinstance(record, Progress) and record.step == 7:
+        if isinstance(record, Progress) and record.step == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    first = train(record(data, tmp_path / "cut", deterministic=True), interrupt)
+    return interrupt
+
+
+def test_an_interrupted_run_saves_and_goes_on_to_the_same_bits(data: Path, tmp_path: Path) -> None:
+    whole, _ = go(record(data, tmp_path / "whole", deterministic=True))
+    first = train(record(data, tmp_path / "cut", deterministic=True), interrupt_after(7))
     assert first.reason == "interrupted"
     assert state.names(tmp_path / "cut" / "checkpoints")[-1].name == "step-00000008"
     second, said = go(record(data, tmp_path / "cut", deterministic=True))
@@ -152,9 +157,11 @@ def test_patches_left_out_and_dropped_pictures_go_on_to_the_same_bits(data: Path
     ):
         whole, _ = go(run)
     assert seen == [2] * 13 + [4] * 5  # of 18 steps the last three tenths see all four patches
-    train(record(data, tmp_path / "cut", deterministic=True, **changes, steps=8, epochs=None))
+    first = train(record(data, tmp_path / "cut", deterministic=True, **changes), interrupt_after(7))
+    assert first.reason == "interrupted"
     second, _ = go(record(data, tmp_path / "cut", deterministic=True, **changes))
-    assert second.reason == "done" and whole.reason == "done"
+    files = [(run.model / "model.safetensors").read_bytes() for run in (whole, second)]
+    assert second.reason == "done" and files[0] == files[1]
 
 
 def test_a_run_goes_on_longer_but_not_as_another_run(data: Path, tmp_path: Path) -> None:
@@ -275,7 +282,18 @@ def test_test_pictures_choose_nothing(data: Path, tmp_path: Path) -> None:
         ({"smoothing": 1.5}, "smoothing"),
         ({"patch_drop": 1.0}, "patch_drop is a share"),
         ({"patch_drop_off": 2.0}, "patch_drop_off is a share"),
-        ({"drop_path_subset": True}, "needs a drop_path above 0"),
+        ({"drop_path_subset": True}, "with a drop_path above 0"),
+        (
+            {
+                "model": "resnet20_32",
+                "model_kwargs": (),
+                "img_size": (32,),
+                "drop_path": 0.2,
+                "drop_path_subset": True,
+            },
+            "with a drop_path above 0",
+        ),
+        ({"patch_drop": 0.5, "freeze": "backbone"}, "sees whole pictures"),
         ({"model": "swin_nano_patch2_32", "model_kwargs": (), "patch_drop": 0.5}, "needs whole maps"),
         ({"model_kwargs": ("width",)}, "NAME=VALUE"),
         ({"model_kwargs": ("widht=16",)}, "width"),

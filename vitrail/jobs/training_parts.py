@@ -85,8 +85,15 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
             say(Note(text=line, kind="receipt"))
     model.set_grad_checkpointing(run.grad_checkpointing)
     if run.drop_path_subset and not drop_by_subset(model):
-        raise ConfigError(f"drop_path_subset needs a drop_path above 0; {run.model} has none.")
+        raise ConfigError(
+            f"drop_path_subset is for transformer blocks with a drop_path above 0; this {run.model} has none. Give a"
+            " --drop-path, or leave it out."
+        )
     if run.patch_drop:
+        if run.freeze == "backbone":
+            raise ConfigError(
+                "A frozen backbone sees whole pictures: patch_drop is for training all of a network."
+            )
         if not hasattr(model, "set_patch_drop"):
             raise ConfigError("patch_drop is for networks that classify.")
         model.set_patch_drop(run.patch_drop)

@@ -215,11 +215,14 @@ class ParallelBlock(nn.Module):
 
 
 def drop_by_subset(model: nn.Module) -> int:
-    """Have every drop path of a model take a subset of the batch (`DropPath`); how many of them drop at all."""
-    found = [part for part in model.modules() if isinstance(part, DropPath)]
-    for part in found:
-        part.subset = True
-    return sum(part.rate > 0.0 for part in found)
+    """Have the blocks of a model that drop anything take a subset of the batch (`DropPath`); how many there are.
+
+    Parallel blocks and residual networks have no such blocks.
+    """
+    found = [part for part in model.modules() if isinstance(part, Block) and part.drop_path.rate > 0.0]
+    for block in found:
+        block.drop_path.subset = True
+    return len(found)
 
 
 def drop_path_rates(rate: float, depth: int, shape: Literal["linear", "constant"] = "linear") -> list[float]:

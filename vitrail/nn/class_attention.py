@@ -23,7 +23,7 @@ class HeadMixing(nn.Linear):
         super().__init__(heads, heads)
 
     def forward(self, input: Float[Tensor, "B H N M"]) -> Float[Tensor, "B H N M"]:
-        # As a convolution with H channels it takes torch thirty times as long on a CPU.
+        # As a convolution, a CPU takes 6 (bf16) to 80 times (float32) as long: it has only H channels.
         mixing = self.weight.expand(input.shape[0], -1, -1)
         return torch.baddbmm(self.bias[:, None], mixing, input.flatten(2)).view_as(input)
 

@@ -182,7 +182,7 @@ def draw_curves(
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-        if axes.get_legend_handles_labels()[0]:
+        if len(axes.get_legend_handles_labels()[0]) > 1:  # one line alone is named by the title
             # A corner, since looking for the best place takes seconds in a long run.
             corner = "lower right" if axes is accuracy else "upper right"
             axes.legend(fontsize=8, frameon=False, loc=corner)
