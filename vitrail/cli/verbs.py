@@ -243,7 +243,7 @@ def models(run: ModelsRun) -> int:
         ],
         right=["parameters", "GFLOPs", "input"],
     )
-    show.say(f"{len(rows)} models. {RULE}.")
+    show.say(f"{len(rows)} model{'s' * (len(rows) != 1)}. {RULE}.")
     for name, card in shipped(run):
         scores = ", ".join(f"{score} {value:.4f}" for score, value in card.scores.items() if score != "loss")
         show.say(f"with weights: {name}, {len(card.labels or ())} classes, {card.data}: {scores}")

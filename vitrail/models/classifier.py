@@ -129,7 +129,7 @@ class Classifier(Model):
         elif share:
             raise UnsupportedError(
                 "Patches can be left out where the last stage's blocks look at all tokens alike (ViT, DeiT, T2T-ViT,"
-                f" PiT, Performer); {self.name} needs whole maps."
+                f" PiT, Performer); {self.name} needs whole maps: take one of those, or leave no patches out."
             )
 
     def set_distilled_training(self, on: bool = True) -> None:
