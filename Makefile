@@ -42,6 +42,7 @@ test-slow: $(READY)  ## the slow tests too: kills, long runs
 
 check: $(READY)  ## format, lint and strict types
 	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
 
 bench: $(READY)  ## measured tables beside peers: training, data path, engines, latency, files, cold start

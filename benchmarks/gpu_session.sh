@@ -45,6 +45,10 @@ if [ "$mode" = measure ]; then
   train vit "$given" --recipe imagenette-vit-tiny-gpu --steps 150 &
   train pvt "$given" --recipe imagenette-pvt-gpu --steps 150 &
   wait $race
+  if $python -c "import torchao" 2>/dev/null; then # float8, from L upwards
+    (cd benchmarks && $python gpu_train.py --models vit_large_patch16_224 vit_huge_patch14_224 --ways blocks fp8 \
+      --timm-ways fp8 --rounds 3 --steps 4 --patience 90) >>"$out/benchmarks.txt" 2>>"$out/benchmarks.err"
+  fi
   cat "$out/benchmarks.txt"
   tail -n 3 "$out/benchmarks.err"
   wait

@@ -3,6 +3,7 @@
     python benchmarks/gpu_train.py                         # S/16, B/16, L/16, H/14, then Swin-T, PVT v2-B2, CaiT-S24
     python benchmarks/gpu_train.py --models vit_base_patch16_224 --batch-sizes 256 --attention
     python benchmarks/gpu_train.py --infer vit_base_patch16_224 vit_large_patch16_224    # inference too
+    python benchmarks/gpu_train.py --models vit_large_patch16_224 --ways blocks fp8      # float8, which needs torchao
     python benchmarks/gpu_train.py --data train-0.zip      # also from files to updated weights, by the training job
     python benchmarks/gpu_train.py --device cpu --models vit_nano_patch4_32 --batch-sizes 8 --rounds 2 --steps 2
 
@@ -52,8 +53,9 @@ SIZES = {
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
 """Dense bfloat16 products a second that the maker states, by a part of the device's name."""
 
-WAYS = ("eager", "blocks", "whole", "graphs")
-"""How a network is run: as written; each block compiled; compiled whole; compiled whole with CUDA graphs."""
+WAYS = ("eager", "blocks", "whole", "graphs", "fp8")
+"""How a network is run: as written; each block compiled; compiled whole; compiled whole with CUDA graphs; each block
+compiled with its linear layers in float8 (torchao, one scale a tensor; emulated where the device is no GPU)."""
 
 INFER_BATCH = 256
 
@@ -105,17 +107,35 @@ def build(contender: Contender, device: torch.device) -> nn.Module:
 
         network = timm.create_model(contender.model, drop_path_rate=contender.drop_path)
     network.to(device)
-    if contender.way == "blocks" and contender.maker == "vitrail":
-        blocks = [block for stage in network.backbone.stages for block in stage.blocks]
-        Runtime(device=device).prepare(network, blocks, compile=True)
-    elif contender.way == "blocks":
-        for block in blocks_of(network):
-            block.compile()
+    if contender.way in ("blocks", "fp8"):
+        ours = contender.maker == "vitrail"
+        blocks = (
+            [b for stage in network.backbone.stages for b in stage.blocks] if ours else blocks_of(network)
+        )
+        if contender.way == "fp8":
+            for block in blocks:
+                to_float8(block, device)
+        if ours:
+            Runtime(device=device).prepare(network, blocks, compile=True)
+        else:
+            for block in blocks:
+                block.compile()
     elif contender.way == "whole":
         network.compile()
     elif contender.way == "graphs":
         network.compile(mode="reduce-overhead")
     return network
+
+
+def to_float8(block: nn.Module, device: torch.device) -> None:
+    """A block's linear layers compute in float8 from here on; their weights and the optimiser's stay in float32."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    def fits(layer: nn.Module, name: str) -> bool:
+        return isinstance(layer, nn.Linear) and not (layer.in_features % 16 or layer.out_features % 16)
+
+    config = Float8LinearConfig(emulate=device.type != "cuda")
+    convert_to_float8_training(block, config=config, module_filter_fn=fits)
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
@@ -445,7 +465,7 @@ def entered(given: argparse.Namespace) -> list[Contender]:
     for model, batch in zip(given.models, given.batch_sizes, strict=True):
         for maker, ways in (("vitrail", given.ways), ("timm", given.timm_ways or given.ways)):
             if "huge" in model:  # 32 blocks in one piece take minutes to compile
-                ways = ["blocks"]
+                ways = [way for way in ways if way == "fp8"] + ["blocks"]
             ours = maker == "vitrail"
             found += [
                 Contender(
