@@ -80,14 +80,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a TOML file: {error}.") from None
 
 
-def write_toml(record: Any, path: str | Path) -> None:
-    """Write a record (or a dictionary of plain data) as TOML; fields that are None are left out."""
-    values = dict(record) if isinstance(record, Mapping) else to_dict(record)
-    Path(path).write_text(toml_text(values), encoding="utf-8")
-
-
 def toml_text(values: Mapping[str, Any]) -> str:
-    """Plain data as TOML text, sub-tables last."""
+    """Plain data as TOML text, sub-tables last; what is None is left out."""
     lines: list[str] = []
     _toml_table(values, (), lines)
     return "\n".join(lines).strip() + "\n"

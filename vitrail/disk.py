@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 from pathlib import Path
 
 from vitrail.errors import UserError, VitrailError
@@ -17,7 +18,7 @@ def write_atomically(path: Path, data: bytes, failure: type[VitrailError] = User
 
     Raises `failure` when the disk is full or refuses; what was there before is then untouched.
     """
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}.{secrets.token_hex(4)}")  # others may write it too
     try:
         write_through(unfinished, data)
         os.replace(unfinished, path)

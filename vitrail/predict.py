@@ -76,7 +76,11 @@ class Predictor:
         batch_size: int = 32,
         top_k: int = 5,
         threshold: float = 0.5,
+        workers: int | None = None,
     ) -> None:
+        """`workers`: threads that read pictures; by default one more than cores, 8 at most."""
+        if workers is not None and workers < 1:
+            raise ConfigError(f"workers must be at least 1; got {workers}.")
         if batch_size < 1 or top_k < 1:
             raise ConfigError(f"batch_size and top_k must be at least 1; got {batch_size} and {top_k}.")
         if not 0 <= threshold <= 1:
@@ -88,6 +92,7 @@ class Predictor:
         dense = self.engine.card.task != "image-classification"
         self.batch_size = together(batch_size, self.engine.card.preprocessing) if dense else batch_size
         self.top_k = top_k
+        self.workers = workers or min(8, (os.cpu_count() or 1) + 1)
 
     def __call__(self, images: Picture | Iterable[Picture], *, top_k: int | None = None) -> list[Any]:
         """One record for each picture, in order; a picture that cannot be read has its record's `error` set.
@@ -104,7 +109,7 @@ class Predictor:
         if wanted < 1:
             raise ConfigError(f"top_k must be at least 1; got {wanted}.")
         named = ((_name(item, place), item) for place, item in enumerate(_pictures(images)))
-        pool = ThreadPoolExecutor(max_workers=min(8, (os.cpu_count() or 1) + 1), thread_name_prefix="decode")
+        pool = ThreadPoolExecutor(max_workers=self.workers, thread_name_prefix="decode")
         ahead: deque[list[tuple[str, Future[Prepared]]]] = deque()
         try:
             while True:
@@ -245,7 +250,8 @@ def class_names(engine: Engine) -> tuple[str, ...]:
 def expand(patterns: Iterable[str]) -> list[str]:
     """Paths of images: files as they are, folders with all below them, patterns (`**` too); no path twice.
 
-    A file that is named and does not exist stays in the list, so that it gets its own error record.
+    Hidden files below a folder are passed over. A file that is named and does not exist stays in the list, so that it
+    gets its own error record.
 
     Raises:
         DataError: a folder without an image, or a pattern that nothing matches.
@@ -253,7 +259,11 @@ def expand(patterns: Iterable[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         if os.path.isdir(pattern):
-            below = sorted(str(path) for path in Path(pattern).rglob("*") if path.suffix.lower() in SUFFIXES)
+            below = sorted(
+                str(path)
+                for path in Path(pattern).rglob("*")
+                if path.suffix.lower() in SUFFIXES and not _housekeeping(path.relative_to(pattern))
+            )
             if not below:
                 raise DataError(f"The folder {pattern} holds no image ({', '.join(sorted(SUFFIXES))}).")
             found += below
@@ -265,6 +275,11 @@ def expand(patterns: Iterable[str]) -> list[str]:
         else:
             found.append(pattern)
     return list(dict.fromkeys(found))
+
+
+def _housekeeping(path: Path) -> bool:
+    """Whether a file below a folder is hidden, or one that macOS packs beside the real ones."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def _pictures(images: Picture | Iterable[Picture]) -> Iterable[Picture]:

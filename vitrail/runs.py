@@ -25,7 +25,7 @@ class TrainRun:
     data: tuple[str, ...]
     """Training images: folders, .zip or .tar archives, a .csv (image_path,label), a COCO .json, or the word digits."""
     val: tuple[str, ...] = ()
-    """Validation images, when they do not lie beside the training images as val/ or test/."""
+    """Validation images, where DATA has no val/ of its own; test/ never takes its place."""
     val_share: float = 0.1
     """Share of the training images kept for validation when there are none (0 = no validation)."""
     train_share: float = 1.0
@@ -241,7 +241,7 @@ class PredictRun:
     merge_tokens: int = 0
     """Plain ViTs: tokens that become one with others in every block; quicker, nearly the same answers."""
     workers: int | None = None
-    """Processes that load images; with cluster, those that predict (by default one for each core or GPU)."""
+    """Threads that read images; with cluster, processes that predict (by default one for each core or GPU)."""
     cluster: bool = False
     """Run as a Ray Data job, over many machines if Ray has them; writes parquet into output, and goes on where it
     stopped. Images may also be a .parquet, a .txt list of addresses, or addresses such as s3://."""
@@ -374,7 +374,7 @@ class DataCheckRun:
     data: tuple[str, ...]
     """Training images: folders, archives, a .csv, or the word digits."""
     val: tuple[str, ...] = ()
-    """Validation images, when they do not lie beside the training images."""
+    """Validation images, where DATA has no val/ of its own."""
     classes: tuple[str, ...] = ()
     """Boxes and masks: class names in the order of their numbers, or a .txt file with one name a line."""
     ignore: tuple[int, ...] = ()
@@ -386,7 +386,7 @@ class DataCheckRun:
     format: Format = "table"
     """How the result is printed."""
     workers: int | None = None
-    """Processes that read images."""
+    """Threads that read images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -452,7 +452,7 @@ class CompareRun:
     data: tuple[str, ...] = ()
     """Training images: folders, archives, a .csv, or the word digits."""
     val: tuple[str, ...] = ()
-    """Validation images, when they do not lie beside the training images."""
+    """Validation images, where DATA has no val/ of its own."""
     classes: tuple[str, ...] = ()
     """Boxes and masks: class names in the order of their numbers, or a .txt file with one name a line."""
     ignore: tuple[int, ...] = ()

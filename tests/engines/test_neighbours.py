@@ -33,11 +33,21 @@ def remembered(engine: TorchEngine, pictures: torch.Tensor, k: int) -> Neighbour
     return Neighbours(engine, batches, ("a", "b", "c"), k)
 
 
-def test_the_nearest_neighbour_of_a_known_picture_is_itself(
-    engine: TorchEngine, pictures: torch.Tensor
-) -> None:
-    answers = remembered(engine, pictures, 1)(pictures)
-    assert answers.argmax(1).tolist() == [number % 3 for number in range(12)]
+def test_a_picture_does_not_vote_for_itself(engine: TorchEngine, pictures: torch.Tensor) -> None:
+    model = remembered(engine, pictures, 1)
+    alike = model.memory @ model.memory.T
+    nearest = alike.fill_diagonal_(-1).argmax(1)
+    assert model(pictures).argmax(1).tolist() == (nearest % 3).tolist()
+    assert model.met == 12
+    nudged = pictures.clone()
+    nudged[:, 0, 0, 0] ^= 1  # another picture, and nearly the same
+    assert model(nudged).argmax(1).tolist() == [number % 3 for number in range(12)]
+    assert model.met == 12
+
+
+def test_who_knows_one_picture_alone_says_nothing_of_it(engine: TorchEngine, pictures: torch.Tensor) -> None:
+    shares = remembered(engine, pictures[:1], 5)(pictures[:1]).softmax(1)
+    torch.testing.assert_close(shares, torch.full((1, 3), 1 / 3))
 
 
 def test_votes_are_the_weighted_shares_of_the_k_nearest(engine: TorchEngine, pictures: torch.Tensor) -> None:

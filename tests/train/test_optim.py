@@ -65,7 +65,7 @@ def test_muon_moves_joined_queries_keys_and_values_one_by_one() -> None:
     joined.grad = gradient
     for part, piece in zip(parts, gradient.chunk(3), strict=True):
         part.grad = piece
-    Muon([joined], lr=0.1).step()
+    Muon([("blocks.0.mixer.qkv.weight", joined)], lr=0.1).step()
     Muon(parts, lr=0.1).step()
     torch.testing.assert_close(joined, torch.cat(list(parts)))
 

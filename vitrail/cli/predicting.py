@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -25,7 +26,7 @@ def predict(run: PredictRun) -> int:
         found = job(run)
         with show.Counter("images", handler) as counter:
             for record in found:
-                records.append(record)
+                records.append(_lighter(record))
                 counter(len(records), found.total)
                 if run.format == "jsonl" and run.output is None:
                     print(json.dumps(record.to_dict(), ensure_ascii=False), flush=True)
@@ -48,6 +49,16 @@ def predict(run: PredictRun) -> int:
     if bad:
         show.say(f"{bad} of {len(records)} images could not be read.")
     return 1 if bad else 0
+
+
+def _lighter(record: Any) -> Any:
+    """The record without what its files hold by now, so that a thousand photographs need no thousand masks in memory:
+    of a mask only the size is kept, and the segments of boxes as they are told."""
+    if getattr(record, "mask", None) is not None:
+        return dataclasses.replace(record, mask=record.mask[:1, :1].clone().expand(record.mask.shape))
+    if getattr(record, "segments", None) is not None:
+        return dataclasses.replace(record, segments=dataclasses.replace(record.segments, map=None))
+    return record
 
 
 def _on_cluster(run: PredictRun) -> int:

@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vitrail.disk import write_atomically
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -81,15 +83,9 @@ def write_result(text: str, output: str | None) -> None:
         return
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    half = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with half.open("w", encoding="utf-8") as file:
-            file.write(text if text.endswith("\n") else text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        half.replace(target)
-    finally:
-        half.unlink(missing_ok=True)
+    write_atomically(
+        target, (text if text.endswith("\n") else text + "\n").encode("utf-8", "surrogateescape")
+    )
     say(f"written: {target}")
 
 

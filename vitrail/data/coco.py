@@ -116,7 +116,11 @@ def _categories(table: Mapping[str, Any], where: str, notes: list[str]) -> dict[
 
 def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> dict[Any, list[Box]]:
     """Boxes by picture id."""
-    boxes: dict[Any, list[Box]] = {item.get("id"): [] for item in table["images"]}
+    boxes: dict[Any, list[Box]] = {}
+    for image in table["images"]:
+        if not isinstance(image, dict):
+            raise DataError(f"{where}: images are objects with id and file_name; got {image!r}.")
+        boxes[image.get("id")] = []
     strange: Counter[str] = Counter()
     for item in table["annotations"]:
         try:
@@ -167,6 +171,10 @@ def _pictures(
     listed: dict[str, list[str]],
 ) -> Iterable[Annotated]:
     number, split, folder = home
+    for item in table["images"]:
+        edges = (item.get("height"), item.get("width"))
+        if not all(edge is None or (isinstance(edge, int | float) and edge >= 0) for edge in edges):
+            raise DataError(f"{where}: height and width of an image are numbers of pixels; got {item}.")
     if len(boxes) < len(table["images"]):
         raise DataError(f"{where}: images with the same id, or without one.")
     missing: list[str] = []

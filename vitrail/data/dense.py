@@ -124,8 +124,12 @@ def open_masks(
     classes: Sequence[str] = (),
     ignore: Sequence[int] = (),
     reduce_zero: bool = False,
+    otherwise: Sequence[str] = (),
 ) -> Splits:
-    """The splits of data with index masks; every mask is looked through (data.masks.class_numbers)."""
+    """The splits of data with index masks; every mask is looked through (data.masks.class_numbers).
+
+    The classes are called as `classes` says; else as the data does; else as `otherwise` says.
+    """
     wrong = [value for value in ignore if not 0 <= value <= 255]
     if wrong:
         raise ConfigError(f"ignore takes values of masks, 0..255; got {some(wrong)}.")
@@ -143,7 +147,7 @@ def open_masks(
     if len(bad) == len(pairs):
         raise DataError(f"{some(paths)}: no mask can be read. {bad[0]}")
     listed["unreadable masks"] = bad
-    named = tuple(classes) or _class_file(stores)
+    named = tuple(classes) or _class_file(stores) or tuple(otherwise)
     known, values = masks.class_numbers(pixels, files, named, ignore, reduce_zero, some(paths), notes)
     if not named:
         notes.append(

@@ -42,6 +42,10 @@ OTHER_TASKS = {"images", "masks", "jpegimages", "annotations", "labels", "images
 """Folder names that speak of detection or segmentation, not of classes."""
 
 
+UNREAD = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".dng", ".raw")
+"""Endings of pictures that are not read."""
+
+
 class Found(NamedTuple):
     """One picture that was found: where, and what its place says about it."""
 
@@ -70,9 +74,7 @@ def find(path: str, stores: list[Store], notes: list[str]) -> list[Found]:
     if not pictures:
         seen = f"; it holds {_tally(others)}" if others else ""
         raise DataError(f"No pictures in {path} ({', '.join(sorted(SUFFIXES))}){seen}.")
-    unread = {
-        ending: count for ending, count in others.items() if ending in (".bmp", ".gif", ".tif", ".tiff")
-    }
+    unread = {ending: count for ending, count in others.items() if ending in UNREAD}
     if unread:
         notes.append(f"{path}: {_tally(unread)} left out; convert them to PNG to use them.")
     found = _by_folder(path, len(stores) - 1, pictures, notes)
@@ -87,6 +89,12 @@ def _by_folder(
     while _has_wrapper(pictures):
         pictures = [(entry, parts[1:]) for entry, parts in pictures]
     split = any(len(parts) >= 3 and parts[0].lower() in SPLITS for _, parts in pictures)
+    inner = {SPLITS.get(parts[1].lower()) for _, parts in pictures if len(parts) >= 3} - {None}
+    if not split and len(inner) > 1:
+        raise DataError(
+            f"{path}: the splits lie inside the classes ({pictures[0][1][0]}/train/...). Put the classes inside the"
+            " splits (train/CLASS/picture.jpg), or list the pictures in a .csv (image_path,label,split)."
+        )
     depth = 2 if split else 1
     usual = "" if split else _split_of(path)
     found: list[Found] = []

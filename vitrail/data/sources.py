@@ -16,11 +16,12 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vitrail.data.finding import OTHER_TASKS, Found, find, is_picture, some
+from vitrail.data.finding import OTHER_TASKS, SPLITS, Found, find, is_picture, some
 from vitrail.data.image import SUFFIXES
 from vitrail.data.stores import Array, Store, entries, open_store
 from vitrail.errors import ConfigError, DataError, suggestion
@@ -161,8 +162,19 @@ def open_splits(
         count = len(pools["val"])
         notes.append(
             f"There is no val/; {count} of {count + len(pools['train'])} training pictures are held back for it."
+            + _beside(paths)
         )
     return _assemble(paths, stores, pools, given, notes)
+
+
+def _beside(paths: Sequence[str]) -> str:
+    """A word on validation folders that lie beside the folders named, and are not part of them."""
+    parents = {
+        Path(path).resolve().parent for path in paths if SPLITS.get(Path(path).name.lower()) == "train"
+    }
+    near = [str(other) for parent in parents for other in sorted(parent.iterdir())
+            if other.is_dir() and SPLITS.get(other.name.lower()) == "val"]  # fmt: skip
+    return f" (Beside lies {some(near)}: give it with --val, or name the folder around both.)" if near else ""
 
 
 def open_source(
@@ -205,6 +217,12 @@ def _assemble(
     given: tuple[str, ...],
     notes: list[str],
 ) -> Splits:
+    for label in {item.label for pool in pools.values() for item in pool}:
+        if label != label.encode("utf-8", "replace").decode():
+            shown = label.encode("unicode_escape", "surrogatepass").decode()
+            raise DataError(
+                f"{some(paths)}: the class {shown} has a name that is not UTF-8; rename its folder."
+            )
     leading = pools["train"] or pools["val"] or pools["test"]
     classes = sorted({item.label for item in leading})
     for name in ("val", "test"):

@@ -83,13 +83,13 @@ class Folder:
         """All files below a folder, links followed, in a stable order."""
         names: list[str] = []
         folders: list[str] = []
-        seen: set[str] = set()
+        above: dict[str, set[str]] = {}  # of each folder: where it and those around it really lie
         for root, below, files in os.walk(place, followlinks=True):
-            real = os.path.realpath(root)
-            if real in seen:  # a link to a folder above: it would go round for ever
+            real, around = os.path.realpath(root), above.get(os.path.dirname(root), set())
+            if real in around:  # a link to a folder above: it would go round for ever
                 below[:] = []
                 continue
-            seen.add(real)
+            above[root] = around | {real}
             prefix = Path(root).relative_to(place).as_posix()
             prefix = "" if prefix == "." else prefix + "/"
             folders += [prefix + name for name in below]

@@ -110,6 +110,10 @@ def hurry(opened: Engine, model: Any, engine: str, *, images: int, batch_size: i
 def _quick(model: str | Path, engine: str, device: str, precision: str) -> Engine | None:
     """The quick engine that was asked for, or that is known to be the best here; None means torch."""
     asked = engine in ("onnxruntime", "openvino")
+    if precision == "int8" and engine == "onnxruntime":
+        raise ConfigError(
+            "int8 runs in OpenVINO; got --engine onnxruntime: take --engine openvino, or leave it out."
+        )
     if not asked and (engine != "auto" or device not in ("auto", "cpu")):
         return None
     from vitrail.engines import choose

@@ -8,6 +8,8 @@ class with weight exp(cosine / temperature).
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -27,6 +29,11 @@ logger = logging.getLogger(__name__)
 TEMPERATURE = 0.07
 
 
+def _keys(images: Tensor) -> list[bytes]:
+    """What tells the pixels of each picture from others'."""
+    return [hashlib.blake2b(image.contiguous().cpu().numpy().tobytes()).digest() for image in images]
+
+
 class Neighbours:
     """An engine that answers with its neighbours' votes; its classes are those of the labelled pictures.
 
@@ -35,6 +42,9 @@ class Neighbours:
         batches: labelled pictures (`.images`, `.targets`), prepared as the model's card says.
         classes: names of the classes, in the order of the numbers.
         k: neighbours that vote; all of them where there are fewer pictures.
+
+    A picture never votes for itself: one that is asked for and remembered, pixel for pixel, is asked without itself,
+    and counted in `met`.
 
     Raises:
         ConfigError: another engine, no classifier, k below 1, or no pictures.
@@ -52,7 +62,12 @@ class Neighbours:
         self.classes = len(classes)
         self.card = dataclasses.replace(engine.card, labels=classes, folders=())
         vectors, targets = [], []
+        self.places: dict[bytes, list[int]] = {}
+        self.met = 0
+        remembered = itertools.count()
         for batch in batches:
+            for key in _keys(batch.images):
+                self.places.setdefault(key, []).append(next(remembered))
             vectors.append(self.vectors(batch.images))
             targets.append(batch.targets)
         if not vectors:
@@ -73,8 +88,15 @@ class Neighbours:
 
     def __call__(self, images: Tensor) -> Float[Tensor, "B K"]:
         """Logarithms of each class's share of the votes, so that a softmax gives the shares."""
-        near, index = (self.vectors(images) @ self.memory.T).topk(self.k, dim=1)  # [B, k]
-        weights = torch.softmax(near / TEMPERATURE, dim=1)  # [B, k]
+        alike = self.vectors(images) @ self.memory.T  # [B, M]
+        for row, key in zip(alike, _keys(images), strict=True):
+            if (same := self.places.get(key)) is not None:
+                row[same] = -torch.inf
+                self.met += 1
+        near, index = alike.topk(self.k, dim=1)  # [B, k]
+        weights = torch.softmax(
+            near / TEMPERATURE, dim=1
+        ).nan_to_num()  # [B, k]; none where only itself is known
         shares = weights.new_zeros(len(images), self.classes)
         shares.scatter_add_(1, self.targets[index], weights)
         return shares.clamp_min(1e-6).log()  # [B, K]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.engines.outside import classes_of, feed, needed, record
+from vitrail.engines.outside import classes_of, damaged, feed, needed, record
 from vitrail.export.label import KEY, Label
 from vitrail.export.onnx import require
 
@@ -27,9 +27,12 @@ class OnnxEngine:
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        self.session: Any = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
+        try:
+            self.session: Any = onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its own kinds, which share no parent
+            raise damaged(path, error) from error
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY, "")
         self.label = Label.from_text(text, str(path)) if label is None else label
         self.name, self.precision = "onnxruntime", self.label.precision

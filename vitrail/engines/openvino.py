@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.engines.outside import classes_of, feed, needed, record
+from vitrail.engines.outside import classes_of, damaged, feed, needed, record
 from vitrail.export.label import Label
 from vitrail.export.onnx import require
 from vitrail.export.openvino import MODEL, label_of
@@ -42,7 +42,10 @@ class OpenVinoEngine:
 
         place = Path(path)
         core: Any = openvino.Core()
-        model = core.read_model(str(place / MODEL if place.is_dir() else place))
+        try:
+            model = core.read_model(str(place / MODEL if place.is_dir() else place))
+        except RuntimeError as error:
+            raise damaged(place, error) from error
         self.label = label_of(model, place) if label is None else label
         self.name = "openvino"
         self.precision = "int8" if self.label.precision == "int8" else precision

@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, WeightsError
 from vitrail.export.label import Label
 from vitrail.export.wrap import answer_of
+
+
+def damaged(path: object, error: Exception) -> WeightsError:
+    """The error for an exported file that its engine cannot open."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return WeightsError(
+        f"{path} cannot be opened ({lines[-1][:160] if lines else type(error).__name__}): it is damaged, or no export"
+        " of a model. Export it again, or fetch it again."
+    )
 
 
 def needed(outputs: Sequence[str]) -> tuple[str, ...]:

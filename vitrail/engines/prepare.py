@@ -143,5 +143,7 @@ class Shelf:
         if kept.parent != self.model / FOLDER:
             return
         for other in kept.parent.iterdir():
-            if other != kept and other.is_dir():
+            if (
+                other != kept and other.is_dir() and not other.name.startswith(".")
+            ):  # another process's, half made
                 shutil.rmtree(other, ignore_errors=True)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vitrail.explain.anatomy import UNIFORM, Anatomy
+from vitrail.tasks.draw import png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,7 +35,7 @@ def figures(found: Anatomy) -> dict[str, bytes]:
             "gates": _gates(found),
             "norms": _norms(found),
         }
-        return {name: _png(figure) for name, figure in drawn.items() if figure is not None}
+        return {name: png_of(figure) for name, figure in drawn.items() if figure is not None}
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -44,12 +44,6 @@ def _figure(width: float, height: float, title: str) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def _plain(axes: Axes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vitrail.explain.trace import Layer, Trace
 from vitrail.explain.words import words
+from vitrail.tasks.draw import png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,9 +57,7 @@ def poster(trace: Trace) -> bytes:
         _attention(bands[3], trace, layers)
         _components(bands[4], layers, trace.convolutional)
         _probabilities(bands[5], trace)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Title": f"{trace.model}: {trace.source}"})
-    return buffer.getvalue()
+        return png_of(figure, metadata={"Title": f"{trace.model}: {trace.source}"})
 
 
 def _chosen(layers: list[Layer]) -> list[Layer]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from vitrail.disk import write_atomically
 from vitrail.jobs.compare import Cell, Price, Quantity, by_model, exponents
 from vitrail.jobs.models import RULE
 from vitrail.runs import CompareRun
+from vitrail.tasks.draw import png_of
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d2430; --paper: #fbfaf7; --line: #d8d4ca; --faint: #6a7180; }
@@ -243,10 +243,9 @@ def _finish_axis(axis: Any) -> None:
 def _png(figure: Any) -> bytes:
     import matplotlib.pyplot as plt
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=150)
+    png = png_of(figure, dpi=150)
     plt.close(figure)
-    return buffer.getvalue()
+    return png
 
 
 def _picture(path: Path, png: bytes, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.models import registry
 from vitrail.tasks.choose import facts_of
 from vitrail.weights import folder as folders
-from vitrail.weights.card import Preprocessing
+from vitrail.weights.card import Card, Preprocessing
 
 DEFAULTS: dict[Kind, str] = {
     "classes": "vit_nano_patch4_32",
@@ -69,20 +70,39 @@ def open_kind(
     classes: Sequence[str] = (),
     ignore: Sequence[int] = (),
     reduce_zero: bool = False,
+    otherwise: Sequence[str] = (),
 ) -> Splits:
-    """The splits of data of a known kind. Raises ConfigError for an option of another kind."""
+    """The splits of data of a known kind; `otherwise` as in open_masks.
+
+    Raises ConfigError for an option of another kind.
+    """
     names = class_names(classes)
     if kind != "masks" and (ignore or reduce_zero):
         raise ConfigError(f"ignore and reduce_zero speak of values in masks; {some(paths)} has none.")
     if kind == "masks":
         return open_masks(
-            paths, val=val, val_share=val_share, seed=seed, classes=names, ignore=ignore, reduce_zero=reduce_zero
+            paths, val=val, val_share=val_share, seed=seed, classes=names, ignore=ignore, reduce_zero=reduce_zero,
+            otherwise=otherwise,
         )  # fmt: skip
     if kind == "boxes":
         return open_boxes(paths, val=val, val_share=val_share, seed=seed, classes=names)
     if names:
         raise ConfigError("Class folders have names of their own; classes is for boxes and masks.")
     return open_splits(paths, val=val, val_share=val_share, seed=seed)
+
+
+def held_back(card: Card) -> dict[str, Any]:
+    """How the model's training split off pictures for validation, as open_kind's options; empty where unknown."""
+    return {name: card.recipe[name] for name in ("val_share", "seed") if name in card.recipe}
+
+
+def learned_from(card: Card, data: Sequence[str]) -> bool:
+    """Whether the model was trained on just these folders and files."""
+
+    def places(paths: Sequence[str]) -> set[str]:
+        return {os.path.realpath(path) for path in paths}
+
+    return places(data) == places(card.recipe.get("data") or ())
 
 
 def training_loader(

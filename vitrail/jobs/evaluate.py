@@ -22,11 +22,12 @@ from vitrail.engines.sliding import SlidingEngine
 from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.jobs import evaluate_dense
-from vitrail.jobs.dense_data import kind_for, open_kind
+from vitrail.jobs.dense_data import held_back, kind_for, learned_from, open_kind
 from vitrail.jobs.opening import asked, ready
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.classify import Classify, ClassMetrics, Mistake, Mistakes
 from vitrail.tasks.draw import NAMED, Tile, confusion_picture, contact_sheet
+from vitrail.weights.card import Card
 from vitrail.weights.folder import model_folder
 
 logger = logging.getLogger(__name__)
@@ -92,9 +93,10 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     if engine.card.task != "image-classification":
         return _dense(run, engine, watch)
     splits = open_kind(
-        kind_for(engine.card.task, run.data, run.model), run.data, ignore=run.ignore, reduce_zero=run.reduce_zero
+        kind_for(engine.card.task, run.data, run.model), run.data, ignore=run.ignore, reduce_zero=run.reduce_zero,
+        **({"val_share": 0.0} if whole(run, engine.card) else held_back(engine.card)),
     )  # fmt: skip
-    source, split, notes = _source(run, splits)
+    source, split, notes = _source(run, splits, engine.card)
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
     engine = engine if run.knn else ready(engine, run, len(source))
@@ -111,6 +113,10 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
 
     scores = dict(run_batches(engine, loader, metrics, watch=seen))
     notes = [*notes, *more]
+    if same := getattr(engine, "met", 0):
+        notes.append(
+            f"{same} of the scored pictures are among the remembered ones too: each was asked without itself"
+        )
     if loader.skipped:
         notes.append(f"{len(loader.skipped)} of {len(source)} images could not be read and are left out")
     for note in notes:
@@ -152,7 +158,12 @@ def _in_order(run: EvaluateRun, source: Source, engine: Engine) -> Loader:
 def _dense(run: EvaluateRun, engine: Engine, watch: Callable[[int, int], None] | None) -> Evaluation:
     """The same of boxes and masks, with report.json and worst.png."""
     found = evaluate_dense.score(
-        run, engine, lambda splits: _source(run, splits), lambda images: _workers(run.workers, images), watch
+        run,
+        engine,
+        whole(run, engine.card),
+        lambda splits: _source(run, splits, engine.card),
+        lambda images: _workers(run.workers, images),
+        watch,
     )
     folder = _output(run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -171,22 +182,36 @@ def _dense(run: EvaluateRun, engine: Engine, watch: Callable[[int, int], None] |
     return result
 
 
-def _source(run: EvaluateRun, splits: Splits) -> tuple[Any, str, list[str]]:
+def _source(run: EvaluateRun, splits: Splits, card: Card) -> tuple[Any, str, list[str]]:
     """The pictures to score, the name of their split, and what to say about the choice."""
     if run.split != "auto":
         chosen: Source | None = getattr(splits, run.split)
         if chosen is None:
             has = ", ".join(splits.given) or "no splits"
             raise DataError(f"{', '.join(run.data)} has no {run.split} pictures; it has {has}.")
-        return chosen, run.split, list(splits.notes)
+        notes = list(splits.notes)
+        if run.split not in splits.given and not held_back(card):
+            notes.append(
+                "the model does not say which pictures its training held back: it may know some of these"
+            )
+        return chosen, run.split, notes
     for name in ("val", "test"):
         found: Source | None = getattr(splits, name)
         if name in splits.given and found is not None:
-            return found, name, []
-    note = "the data has no val or test: all its pictures are scored"
-    if "train" in splits.given:
-        note = "the data has training pictures only: these are scored, which flatters a model trained on them"
-    return splits.everything, "all", [note]
+            return found, name, list(splits.notes)
+    if splits.val is not None and not whole(run, card):
+        return (
+            splits.val,
+            "val",
+            [*splits.notes, "the model was trained on this data: what was held back is scored"],
+        )
+    note = "the data has no val or test: all its pictures are scored, which flatters a model trained on them"
+    return splits.everything, "all", [*splits.notes, note]
+
+
+def whole(run: EvaluateRun, card: Card) -> bool:
+    """Whether nothing is held back where the data has no val: no split is named, and the model knows none of it."""
+    return run.split == "auto" and not learned_from(card, run.data)
 
 
 def _matched(source: Source, engine: Engine) -> tuple[Source, list[str]]:

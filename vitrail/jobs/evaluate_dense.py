@@ -17,7 +17,7 @@ from vitrail.data.image import decode
 from vitrail.data.sources import Splits
 from vitrail.errors import DataError
 from vitrail.evaluate import evaluate as run_batches
-from vitrail.jobs.dense_data import kind_for, loader_in_order, open_kind, why_nothing
+from vitrail.jobs.dense_data import held_back, kind_for, loader_in_order, open_kind, why_nothing
 from vitrail.jobs.overlays import draw_target
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.choose import choose
@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 
 WORST = 6
 """Pictures that are drawn: those on which the model does worst."""
-
-VAL_SHARE = 0.1
-"""What a training holds back of data without val."""
 
 SURE = 0.5
 """Score from which a box is drawn, and counts as found when pictures are compared."""
@@ -55,13 +52,16 @@ class DenseScores:
 def score(
     run: EvaluateRun,
     engine: Any,
+    whole: bool,
     choose_split: Callable[[Splits], tuple[Any, str, list[str]]],
     workers: Callable[[int], int],
     watch: Callable[[int, int], None] | None = None,
 ) -> DenseScores:
-    """Score a detector or a segmenter on one split of a data set. Raises DataError where they do not fit."""
-    share = 0.0 if run.split == "auto" else VAL_SHARE  # all pictures are scored where no split is named
-    splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero, share)
+    """Score a detector or a segmenter on one split of a data set; `whole` as in `open_for`.
+
+    Raises DataError where they do not fit.
+    """
+    splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero, whole=whole)
     source, split, more = choose_split(splits)
     notes += [note for note in [*splits.notes, *more] if note not in notes]
     if engine.card.config.get("masks"):
@@ -109,14 +109,17 @@ def open_for(
     model: str,
     ignore: Sequence[int] = (),
     reduce_zero: bool = False,
-    val_share: float = VAL_SHARE,
+    whole: bool = False,
 ) -> tuple[Splits, list[str]]:
-    """The data in the model's terms; masks are read as they were in its training where nothing else is said."""
+    """The data in the model's terms; masks are read as they were in its training where nothing else is said.
+
+    Where there is no val, the pictures are held back that its training held back; with `whole`, none.
+    """
     card, notes = engine.card, []
     kind = kind_for(card.task, data, model)
-    options: dict[str, Any] = {"val_share": val_share}
+    options: dict[str, Any] = {"val_share": 0.0} if whole else held_back(card)
     if kind == "masks":
-        options |= {"ignore": ignore, "reduce_zero": reduce_zero, "classes": card.labels or ()}
+        options |= {"ignore": ignore, "reduce_zero": reduce_zero, "otherwise": card.labels or ()}
         known = card.recipe
         if not ignore and known.get("ignore"):
             options["ignore"] = tuple(known["ignore"])

@@ -29,6 +29,7 @@ from vitrail.explain.questions import Asked
 from vitrail.explain.still import held_still
 from vitrail.explain.trial import Trial, cost, trial
 from vitrail.jobs.opening import open_network
+from vitrail.jobs.predict import free_name
 from vitrail.predict import expand
 from vitrail.runs import ExplainRun
 
@@ -128,6 +129,7 @@ def _methods(names: Sequence[str], explainer: Explainer, options: Options, usual
 def _explained(
     run: ExplainRun, explainer: Explainer, paths: list[str], methods: list[str], note: str
 ) -> Iterator[Explained]:
+    taken: set[str] = set()
     for path in paths:
         found = [
             explainer(
@@ -139,7 +141,7 @@ def _explained(
         ]  # fmt: skip
         folder = Path(run.output) if run.output else Path("explain")
         if not run.output or len(paths) > 1:
-            folder = folder / Path(path).stem
+            folder = folder / free_name(Path(path).stem, taken)
         folder.mkdir(parents=True, exist_ok=True)
         files: list[Path] = []
         for one in found:

@@ -97,6 +97,26 @@ def with_recipe(run: TrainRun) -> TrainRun:
     )
 
 
+def passes(run: TrainRun, facts: Facts) -> float:
+    """How often the run sees every training image, whether its length is given in epochs or in steps.
+
+    Asked once batch size and length are chosen.
+    """
+    return run.steps / steps_per_epoch(run, facts) if run.steps is not None else float(run.epochs or 1)
+
+
+def steps_per_epoch(run: TrainRun, facts: Facts) -> float:
+    """Optimiser steps in which every training image is seen once."""
+    return facts.images / ((run.batch_size or 1) * run.grad_accum_steps)
+
+
+def average(run: TrainRun, facts: Facts, epochs: int) -> float:
+    """A decay of averaged weights whose memory is about so many epochs, and at most a twentieth of the run."""
+    an_epoch = steps_per_epoch(run, facts)
+    memory = max(10.0, min(epochs * an_epoch, passes(run, facts) * an_epoch / 20))
+    return round(1 - 1 / memory, 4)
+
+
 def find_recipe(name: str) -> Path:
     """The TOML file of a recipe: a path, or the name of one that comes with vitrail."""
     if Path(name).exists():
@@ -217,8 +237,7 @@ def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     yield Choice(fields={"sched": "cosine", "min_lr": 0.0, "clip_grad": 1.0})
     momentum = 0.95 if (run.opt or "muon") == "muon" and _from_scratch(run) else 0.9
     yield Choice(fields={"momentum": momentum, "betas": (0.9, 0.95 if _from_scratch(run) else 0.999)})
-    epochs = run.epochs or 10
-    warmup = min(5.0, round(epochs / 10, 1))
+    warmup = min(5.0, _round(passes(run, facts) / 10))
     yield Choice(fields={"warmup_epochs": warmup}, reason="a tenth of the run, 5 at most")
 
 
@@ -227,23 +246,15 @@ def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
         fields = {"drop_path": 0.0, "smoothing": 0.0, "model_ema": 0.0, "mixup": 0.0, "cutmix": 0.0}
         yield Choice(fields=fields, reason="a linear layer on fixed features needs none")
         return
-    long_enough = (run.epochs or 0) >= 20
+    long_enough = passes(run, facts) >= 20
     drop = 0.1 if long_enough else 0.0
     smoothing = 0.0 if run.loss == "bce" else 0.1  # smoothed, every class would count as present
     yield Choice(fields={"drop_path": drop, "smoothing": smoothing}, reason="against learning by heart")
-    yield Choice(fields={"model_ema": _average(run, facts)}, reason="weights averaged over two epochs")
+    yield Choice(fields={"model_ema": average(run, facts, 2)}, reason="weights averaged over two epochs")
     if _from_scratch(run) and long_enough and not facts.digits:
         yield Choice(fields={"mixup": 0.2, "cutmix": 1.0}, reason="mixed pictures stand in for missing ones")
     else:
         yield Choice(fields={"mixup": 0.0, "cutmix": 0.0})
-
-
-def _average(run: TrainRun, facts: Facts) -> float:
-    """A decay whose memory is about two epochs, and at most a twentieth of the run."""
-    steps_per_epoch = facts.images / max(1, (run.batch_size or 1) * run.grad_accum_steps)
-    steps = run.steps or steps_per_epoch * (run.epochs or 1)
-    memory = max(10.0, min(2 * steps_per_epoch, steps / 20))
-    return round(1 - 1 / memory, 4)
 
 
 def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
@@ -259,7 +270,7 @@ def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
         fields = {"hflip": 0.0, "aa": "none", "reprob": 0.0, "color_jitter": 0.0}
         yield Choice(fields=fields, reason="a mirrored digit is no digit")
     yield Choice(fields={"hflip": 0.5}, reason="most things are seen from both sides")
-    policy = "trivial" if _from_scratch(run) and (run.epochs or 0) >= 40 else "none"
+    policy = "trivial" if _from_scratch(run) and passes(run, facts) >= 40 else "none"
     why = "as strong as the run is long" if policy != "none" else ""
     yield Choice(fields={"aa": policy, "reprob": 0.0, "color_jitter": 0.0}, reason=why)
     yield Choice(fields={"scale": (0.08, 1.0)})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from vitrail.data.dense import Kind
 from vitrail.errors import ConfigError
 from vitrail.jobs.dense_data import DEFAULTS
-from vitrail.jobs.plan import Choice, Facts
+from vitrail.jobs.plan import Choice, Facts, average, passes
 from vitrail.runs import TrainRun
 
 
@@ -64,16 +64,13 @@ def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     )
     yield Choice(fields={"weight_decay": 0.05, "sched": "cosine", "min_lr": 0.0, "clip_grad": 1.0})
     yield Choice(fields={"momentum": 0.9, "betas": (0.9, 0.999)})
-    warmup = min(5.0, round((run.epochs or 10) / 20, 1))
+    warmup = min(5.0, float(f"{passes(run, facts) / 20:.2g}"))
     yield Choice(fields={"warmup_epochs": warmup}, reason="a twentieth of the run, 5 at most")
 
 
 def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     yield Choice(fields={"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "aa": "none"})
-    steps_per_epoch = facts.images / max(1, (run.batch_size or 1) * run.grad_accum_steps)
-    steps = run.steps or steps_per_epoch * (run.epochs or 1)
-    memory = max(10.0, min(4 * steps_per_epoch, steps / 20))
-    yield Choice(fields={"model_ema": round(1 - 1 / memory, 4)}, reason="weights averaged over a few epochs")
+    yield Choice(fields={"model_ema": average(run, facts, 4)}, reason="weights averaged over a few epochs")
 
 
 def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:

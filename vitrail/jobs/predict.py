@@ -49,7 +49,7 @@ def predict(run: PredictRun) -> Predictions:
         raise DataError("There is no image to look at: name files, folders or patterns.")
     predictor = Predictor(
         run.model, asked(run), run.precision, device=run.device, top_k=run.top_k, threshold=run.threshold,
-        batch_size=1 if run.window else run.batch_size,
+        batch_size=1 if run.window else run.batch_size, workers=run.workers,
     )  # fmt: skip
     predictor.engine = ready(predictor.engine, run, len(paths))
     if run.window:
@@ -72,7 +72,7 @@ def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Itera
     taken: set[str] = set()
     for record in records:
         if record.error is None:
-            name = _free_name(Path(record.source).stem, taken)
+            name = free_name(Path(record.source).stem, taken)
             pixels = decode(record.source, name=record.source).permute(1, 2, 0).numpy()
             if hasattr(record, "boxes"):
                 boxes = [Drawn(box.index, box.corners, box.score) for box in record.boxes]
@@ -91,7 +91,7 @@ def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Itera
         yield record
 
 
-def _free_name(stem: str, taken: set[str]) -> str:
+def free_name(stem: str, taken: set[str]) -> str:
     """The stem, with a number where pictures of several folders share it."""
     name, number = stem, 1
     while name in taken:

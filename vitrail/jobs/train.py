@@ -18,13 +18,14 @@ from vitrail import config as records
 from vitrail.data.mix import Mix
 from vitrail.data.sources import Source
 from vitrail.data.transforms import normalise
+from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.evaluate import evaluate
 from vitrail.jobs import plan as plans
 from vitrail.jobs import training_data as pictures
 from vitrail.jobs import training_keep as keeping
 from vitrail.jobs import training_parts as parts
-from vitrail.jobs.dense_data import why_nothing
+from vitrail.jobs.dense_data import rows, why_nothing
 from vitrail.jobs.training_keep import Keeper
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
@@ -90,6 +91,8 @@ class _Job:
         self.runtime, self.reporter = runtime, reporter
         self.log: Log | None = None
         self.said: list[str] = []
+        self.told: list[Source] = []
+        """Pictures to score of which it was said that some cannot be read."""
         self.data = pictures.open_data(run, self.say)
         self.folder = Path(run.output or _default_folder(run))
         self.found = keeping.find_checkpoint(run, self.folder, runtime)
@@ -99,6 +102,8 @@ class _Job:
         self.run, choices = plans.choose(run, facts)
         for choice in choices:
             self.say(Note(text=str(choice), kind="choice"))
+        for text in _idle(self.run, self.data):
+            self.say(Note(text=text, kind="warning"))
         self.data = pictures.decode_once(self.data, self.say)
         self.facts = facts_of(self.data.task)
 
@@ -142,6 +147,8 @@ class _Job:
             average=self.average,
             pace=self.pace,
             fingerprint=self.data.fingerprint,
+            judged_by=self.data.val.fingerprint() if self.data.val is not None else None,
+            say=self.say,
             classes=self.data.classes,
         )
         self.place = Place() if self.found is None else self.keeper.restore(self.found)
@@ -187,9 +194,11 @@ class _Job:
         still = pictures.leaves_pictures_alone(run)
         if run.freeze == "backbone" and still and runtime.world == 1 and parts.has_one_layer(self.model):
             self.say(Note(text=f"The features of {len(source):,} images are computed once."))
-            ordered = pictures.batches_in_order(run, source, self.preprocessing, runtime)
+            ordered = pictures.batches_in_order(
+                run, source, self.preprocessing, runtime, max_bad_share=run.max_bad_share
+            )
             last = self.model.get_classifier()
-            features = compute_features(self.model, last, ordered, self._inputs, runtime)
+            features = compute_features(self.model, last, rows(ordered), self._inputs, runtime)
             return FeatureBatches(*features, batch_size=size, seed=run.seed)
         return pictures.training_batches(run, source, self.preprocessing, runtime)
 
@@ -258,10 +267,14 @@ class _Job:
             with self.runtime.autocast():
                 return model(self._inputs(images, *there), *there)
 
-        batches = pictures.batches_in_order(self.run, source, self.preprocessing, self.runtime, shared)
+        loader = pictures.batches_in_order(self.run, source, self.preprocessing, self.runtime, shared)
         total = self.runtime.sum_tensor if shared else None
         metrics = self.task.metrics()
-        scores = dict(evaluate(forward, batches, metrics, total=total))
+        scores = dict(evaluate(forward, rows(loader), metrics, total=total))
+        if loader.skipped and source not in self.told:
+            self.told.append(source)
+            text = f"{len(loader.skipped)} of {len(source)} pictures could not be read and are not scored; the first: "
+            self.say(Note(text=text + next(iter(loader.skipped.values())), kind="warning"))
         if nothing := why_nothing(metrics, scores):
             self.say(Note(text=nothing, kind="warning"))
         return scores
@@ -311,7 +324,7 @@ class _Job:
                 name: value for name, value in records.to_dict(self.run).items() if value not in (None, [])
             },
             notes=f"Weights of step {step} of {self.pace.steps}, chosen by validation."
-            if self.data.val
+            if self.place.best_step is not None
             else "",
         )
         final.save_pretrained(self.folder / "model")
@@ -348,7 +361,7 @@ class _Job:
             yield from self._writing()
 
     def _writing(self) -> Iterator[None]:
-        records.write_toml(_without_open(self.run), self.folder / "config.toml")
+        write_atomically(self.folder / "config.toml", records.toml_text(_without_open(self.run)).encode())
         lines = logging.FileHandler(self.folder / "train.log", encoding="utf-8")
         lines.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         ours = logging.getLogger("vitrail")
@@ -395,6 +408,24 @@ def _check(run: TrainRun) -> None:
             raise ConfigError(f"{name} is a share of the run, 0..1; got {getattr(run, name)}.")
     if not 0.0 <= run.patch_drop < 1.0:
         raise ConfigError(f"patch_drop is a share of the patches, from 0 to below 1; got {run.patch_drop}.")
+
+
+def _idle(run: TrainRun, data: pictures.Data) -> Iterator[str]:
+    """A sentence for each field that was set, and does nothing in this run."""
+    usual = TrainRun(data=run.data)
+    without = {
+        "distill": ("a teacher", run.teacher),
+        "distill_weight": ("a teacher", run.teacher),
+        "distill_temperature": ("a teacher and soft distillation", run.teacher and run.distill == "soft"),
+        "mix_off": ("mixup or cutmix", run.mixup or run.cutmix),
+        "patch_drop_off": ("patch_drop", run.patch_drop),
+        "patience": ("validation", data.val is not None and run.eval_every),
+    }
+    for name, (need, there) in without.items():
+        if not there and getattr(run, name) != getattr(usual, name):
+            yield f"{name} does nothing without {need}."
+    if run.val_share != usual.val_share and data.val_given:
+        yield "val_share does nothing: the data has validation pictures."
 
 
 def _default_folder(run: TrainRun) -> str:

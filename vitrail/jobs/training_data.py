@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from vitrail.data.cache import cached
 from vitrail.data.dense import TASKS, Kind
 from vitrail.data.image import decode
 from vitrail.data.joint import JointAugmentation
-from vitrail.data.loader import Batch, Loader
+from vitrail.data.loader import Loader
 from vitrail.data.resident import Resident
 from vitrail.data.sources import Source
 from vitrail.data.transforms import Preprocess
@@ -40,6 +40,8 @@ class Data:
     test: Source | None
     """Scored once, at the end; chooses nothing."""
     fingerprint: str
+    val_given: bool = False
+    """Whether the data, or --val, names the validation pictures; else they were held back."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -69,7 +71,9 @@ def open_data(run: TrainRun, say: Say) -> Data:
         train = part_of(train, run.train_share)
         of = "of each class" if train.kind == "classes" else "of all"
         say(Note(text=f"{len(train):,} training pictures: {run.train_share:.0%} {of}."))
-    return Data(train=train, val=val, test=test, fingerprint=train.fingerprint())
+    return Data(
+        train=train, val=val, test=test, fingerprint=train.fingerprint(), val_given="val" in found.given
+    )
 
 
 def part_of(source: Source, share: float) -> Source:
@@ -177,19 +181,26 @@ def training_batches(
 
 
 def batches_in_order(
-    run: TrainRun, source: Source, preprocessing: Preprocessing, runtime: Runtime, shared: bool = False
-) -> Iterator[Batch]:
-    """Every picture once, preprocessed as the model is used; `shared` over processes, or all in each."""
+    run: TrainRun,
+    source: Source,
+    preprocessing: Preprocessing,
+    runtime: Runtime,
+    shared: bool = False,
+    max_bad_share: float = 1.0,
+) -> Loader:
+    """Every picture once, preprocessed as the model is used; `shared` over processes, or all in each.
+
+    Pictures that cannot be read are left out, as `vitrail evaluate` does; DataError where they are more than
+    `max_bad_share`. Go through it with `dense_data.rows`.
+    """
     options: dict[str, Any] = {
         "batch_size": cast(int, run.batch_size),
         "seed": run.seed,
         "workers": cast(int, run.workers),
         "rank": runtime.rank if shared else 0,
         "world": runtime.world if shared else 1,
-        "max_bad_share": run.max_bad_share,
+        "max_bad_share": max_bad_share,
     }
     if source.kind != "classes":
-        loader = dense_data.loader_in_order(source, preprocessing, **options)
-    else:
-        loader = Loader(source, Preprocess(preprocessing), unreadable="drop", **options)
-    return dense_data.rows(loader)
+        return dense_data.loader_in_order(source, preprocessing, **options)
+    return Loader(source, Preprocess(preprocessing), unreadable="drop", **options)

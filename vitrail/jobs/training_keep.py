@@ -69,16 +69,21 @@ def check_same(before: Mapping[str, Any], run: TrainRun, where: Path) -> None:
 def find_checkpoint(run: TrainRun, folder: Path, runtime: Runtime) -> Checkpoint | None:
     """The checkpoint that the run goes on from, as `resume` wishes; an old run is moved aside for a new one.
 
-    Raises TrainingError when `resume` names a checkpoint that is not whole.
+    Raises ConfigError when `resume` names a checkpoint that is not whole, TrainingError when another process
+    trains into the folder that is to be moved.
     """
     checkpoints = folder / "checkpoints"
     if run.resume == "auto":
         return state.newest(checkpoints)
     if run.resume != "none":
-        return state.read(Path(run.resume))
+        try:
+            return state.read(Path(run.resume))
+        except TrainingError as error:  # here it is the caller who named it
+            raise ConfigError(f"{error} resume takes auto, none, or a checkpoint folder.") from error
     if runtime.main and checkpoints.exists():
         number = next(n for n in range(1, 10_000) if not Path(f"{folder}-before-{n}").exists())
-        folder.rename(f"{folder}-before-{number}")
+        with state.claim(folder):  # a run that still goes on keeps its folder
+            folder.rename(f"{folder}-before-{number}")
     runtime.barrier()
     return None
 
@@ -120,6 +125,9 @@ class Keeper:
     pace: Pace
     fingerprint: str
     """Of the training pictures."""
+    judged_by: str | None
+    """The same of the validation pictures, where there are any."""
+    say: Say
     classes: tuple[str, ...]
 
     @property
@@ -147,6 +155,12 @@ class Keeper:
         """The checkpoint's place; its best weights come along from another run's folder, or are forgotten."""
         place = dataclasses.replace(found.place)
         if place.best_step is None:
+            return place
+        if found.facts["val"] != self.judged_by:
+            text = "The validation pictures are others than before: which weights are best is found anew, from here on."
+            self.say(Note(text=text, kind="warning"))
+            place.best = place.best_loss = place.best_step = None
+            place.evaluations_since_best = 0
             return place
         name = f"best-{place.best_step:08d}"
         ours, theirs = self.checkpoints / name, found.path.parent / name
@@ -193,6 +207,7 @@ class Keeper:
             "config": config,
             "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
             "data": self.fingerprint,
+            "val": self.judged_by,
             "classes": list(self.classes),
             "versions": versions(),
             "world": self.runtime.world,

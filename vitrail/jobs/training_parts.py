@@ -176,6 +176,8 @@ def read_fields(texts: tuple[str, ...]) -> dict[str, Any]:
         name, sign, value = text.partition("=")
         if not sign or not name:
             raise ConfigError(f"model_kwargs takes NAME=VALUE, such as patch_size=4; got {text!r}.")
+        if name in fields:
+            raise ConfigError(f"model_kwargs names {name} twice; once is enough.")
         fields[name] = _value(value)
     return fields
 

@@ -55,7 +55,7 @@ async def read(receive: Receive, most: int, declared: int | None, ticket: Ticket
                 size, count = size + len(piece), count + 1
                 if size > most:
                     raise Refusal("body_too_large", close=True)
-                if count > settings.MOST_PIECES:
+                if count > settings.MOST_PIECES * max(1.0, most / settings.PIECES_PER):
                     raise Refusal("bad_request", close=True)
                 if ticket is not None and declared is None:
                     ticket.resize(ticket.images, size)

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from vitrail.errors import UserError
 from vitrail.jobs.decoder import HEAD, Bounds, work
 from vitrail.jobs.serve import Seen
 from vitrail.serve.refusals import Refusal
@@ -70,7 +71,7 @@ class Decoders:
         """Seconds that the pool takes for one picture, smoothed."""
 
     async def start(self) -> None:
-        """Start the processes; returns when each is ready."""
+        """Start the processes; returns when each was started. Raises UserError where one cannot be."""
         if hasattr(self.context, "set_forkserver_preload"):
             # What a decoder needs is loaded once, in the process that forks them: a new one is there in milliseconds.
             self.context.set_forkserver_preload(["vitrail.jobs.decoder"])
@@ -105,8 +106,19 @@ class Decoders:
         """Keep one process alive for as long as the pool is."""
         pause = 0.0
         while not self.closing:
-            process, link = await asyncio.to_thread(self._fork)
-            reader, writer = await asyncio.open_unix_connection(sock=link)
+            try:
+                process, link = await asyncio.to_thread(self._fork)
+                reader, writer = await asyncio.open_unix_connection(sock=link)
+            except OSError as error:  # no more processes or files for us at the moment
+                if not started.done():
+                    started.set_exception(
+                        UserError(f"A decoder cannot be started: {error}. Free memory or processes.")
+                    )
+                    return
+                logger.warning("a decoder cannot be started (%s); it is tried again.", error)
+                pause = min(SLOWEST_RESTART, 2 * pause + 0.1)
+                await asyncio.sleep(pause)
+                continue
             self.processes[place] = process.pid
             if not started.done():
                 started.set_result(None)

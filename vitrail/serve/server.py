@@ -207,7 +207,7 @@ def _token(run: ServeRun) -> str:
                 " Leave --host out to serve this machine alone."
             )
         return ""
-    token = Path(run.token_file).read_text(encoding="utf-8").splitlines()[:1]
+    token = Path(run.token_file).read_bytes().decode("utf-8", "replace").splitlines()[:1]
     if not token or not 16 <= len(token[0].strip()) <= 512 or not token[0].isascii():
         raise ConfigError(f"{run.token_file}: its first line must be a token of 16 to 512 ASCII letters.")
     return token[0].strip()

@@ -11,8 +11,8 @@ MOST_PART_HEADERS = 8
 MOST_PART_HEAD = 2048
 """Bytes of one part's headers."""
 
-MOST_PIECES = 20_000
-"""Pieces in which a body may arrive, for every 16 MB that it may have."""
+MOST_PIECES, PIECES_PER = 20_000, 16 * 2**20
+"""Pieces in which a body may arrive, for every so many bytes that it may have."""
 
 MOST_HEAD = 32 * 1024
 """Bytes of a request's line and headers."""

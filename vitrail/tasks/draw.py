@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -161,13 +162,20 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     return axes
 
 
+def png_of(figure: Figure, **options: Any) -> bytes:
+    """A figure as PNG; `options` as savefig's. Signs that the font lacks are drawn as boxes, and not warned of."""
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="png", **options)
+    return buffer.getvalue()
+
+
 def _png(figure: Figure) -> bytes:
     import matplotlib
 
-    buffer = io.BytesIO()
     with matplotlib.rc_context(STYLE):
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+        return png_of(figure)
 
 
 def _clipped(label: str, most: int = 28) -> str:

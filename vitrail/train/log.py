@@ -13,6 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vitrail.disk import write_atomically
+from vitrail.errors import TrainingError
+from vitrail.tasks.draw import png_of
+
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
@@ -96,7 +100,9 @@ class Log:
         """Opens the log; records beyond `step`, written before a crash and to be repeated, are dropped."""
         self.path = folder / "metrics.jsonl"
         kept = [record for record in read_log(self.path) if record.get("step", 0) <= step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        write_atomically(
+            self.path, "".join(json.dumps(record) + "\n" for record in kept).encode(), TrainingError
+        )
         self._file = self.path.open("a", encoding="utf-8")
         self._board = _board(folder / "tensorboard", step) if tensorboard else None
 
@@ -187,7 +193,7 @@ def draw_curves(
             corner = "lower right" if axes is accuracy else "upper right"
             axes.legend(fontsize=8, frameon=False, loc=corner)
     speed.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110, metadata={"Software": "vitrail"})
+    write_atomically(path, png_of(figure, dpi=110, metadata={"Software": "vitrail"}))
 
 
 def _line(

@@ -19,12 +19,15 @@ from torch import Tensor
 QUINTIC = (3.4445, -4.7750, 2.0315)
 ROUNDS = 5
 
+JOINED = "qkv.weight"
+"""How the name of a joined projection ends: queries, keys and values of equal widths."""
+
 
 class Muon(torch.optim.Optimizer):
     """Orthogonalised momentum for 2-D parameters `[rows, columns]`.
 
-    A matrix whose rows are three times its columns is split into three square ones: the joined projection of
-    queries, keys and values. `lr` is in AdamW's units.
+    A parameter named `*qkv.weight`, the joined projection of queries, keys and values, is split into three
+    matrices; `params` without names are taken whole. `lr` is in AdamW's units.
     """
 
     def __init__(
@@ -45,12 +48,14 @@ class Muon(torch.optim.Optimizer):
         """One update of every parameter that has a gradient."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
-            for parameter in group["params"]:
+            names = group.get("param_names") or [""] * len(group["params"])
+            for name, parameter in zip(names, group["params"], strict=True):
                 if parameter.grad is None:
                     continue
+                parts = 3 if name.endswith(JOINED) else 1
                 direction = self._direction(parameter, group["momentum"], group["nesterov"])
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                for matrix, update in zip(_matrices(parameter), _matrices(direction), strict=True):
+                for matrix, update in zip(parameter.chunk(parts), direction.chunk(parts), strict=True):
                     by_shape.setdefault(tuple(matrix.shape), []).append((matrix, update))
             for shape, pairs in by_shape.items():
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
@@ -78,8 +83,3 @@ def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
-
-
-def _matrices(matrix: Tensor) -> tuple[Tensor, ...]:
-    rows, columns = matrix.shape
-    return matrix.chunk(3) if rows == 3 * columns else (matrix,)

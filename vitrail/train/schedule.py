@@ -16,7 +16,7 @@ class Schedule:
     """Factor on every peak learning rate.
 
     Warm-up climbs linearly over `warmup` steps and reaches 1 at its end; then the course falls from 1 towards
-    `floor` (the final rate as a share of the peak), which it reaches at the last of `steps`.
+    `floor` (the final rate as a share of the peak), which the step after the last of `steps` would have.
     rsqrt falls with the square root of the step and cools down linearly over the last `cooldown` steps;
     step divides by ten at each of three equal parts of what follows the warm-up.
     """

@@ -28,6 +28,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from vitrail.disk import flush_folder
 from vitrail.errors import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -199,20 +200,6 @@ def sweep(path: Path) -> None:
     for stale in path.parent.glob(f".{path.name}.*{PARTIAL}"):
         with contextlib.suppress(OSError):
             stale.unlink()
-
-
-def flush_folder(folder: Path) -> None:
-    """Bring renames to disk, where the system lets a folder be opened."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        logger.debug("this file system cannot flush folders")
-    finally:
-        os.close(handle)
 
 
 def _read_file(path: Path, averaged: bool) -> dict[str, Tensor]:

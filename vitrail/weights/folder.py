@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from vitrail.disk import flush_folder
 from vitrail.errors import WeightsError
 from vitrail.weights import files, shipped
 from vitrail.weights.card import Card
@@ -64,7 +65,7 @@ def save(
         for name, text in texts.items():
             pending.append((_stage_text(place / name, text), place / name))
         os.replace(_stage_text(place / PENDING, config), place / PENDING)
-        files.flush_folder(place)
+        flush_folder(place)
         for temporary, final in pending:
             os.replace(temporary, final)
     except OSError as error:
@@ -73,7 +74,7 @@ def save(
         for temporary, _ in pending:
             temporary.unlink(missing_ok=True)
     (place / PENDING).unlink(missing_ok=True)
-    files.flush_folder(place)
+    flush_folder(place)
     return card
 
 
