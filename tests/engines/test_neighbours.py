@@ -46,7 +46,8 @@ def test_a_picture_does_not_vote_for_itself(engine: TorchEngine, pictures: torch
 
 
 def test_who_knows_one_picture_alone_says_nothing_of_it(engine: TorchEngine, pictures: torch.Tensor) -> None:
-    shares = remembered(engine, pictures[:1], 5)(pictures[:1]).softmax(1)
+    alone = SimpleNamespace(images=pictures[:1], targets=torch.zeros(1, dtype=torch.int64))
+    shares = Neighbours(engine, [alone], ("a", "b", "c"))(pictures[:1]).softmax(1)
     torch.testing.assert_close(shares, torch.full((1, 3), 1 / 3))
 
 
