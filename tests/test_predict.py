@@ -19,6 +19,7 @@ from vitrail.data.loader import Loader
 from vitrail.data.sources import open_source
 from vitrail.data.transforms import Preprocess
 from vitrail.errors import ConfigError, DataError
+from vitrail.jobs.predict import free_name
 from vitrail.predict import Predictor, expand
 
 LABELS = ("cat", "dog", "eel")
@@ -54,6 +55,20 @@ def pictures(tmp_path: Path) -> Callable[..., list[Path]]:
         return paths
 
     return make
+
+
+def test_hidden_files_of_a_folder_are_passed_over(pictures: Callable[..., Any], tmp_path: Path) -> None:
+    seen = pictures(1)
+    for hidden in ("pictures/.thumbs", "pictures/__MACOSX"):
+        pictures(1, hidden)
+    assert expand([str(tmp_path / "pictures")]) == [str(seen[0])]
+
+
+def test_names_of_drawings_meet_no_other(tmp_path: Path) -> None:
+    taken: set[str] = set()
+    names = [free_name(stem, taken, ("-mask",)) for stem in ("a", "a-mask", "A", "a-2", "b")]
+    files = [f"{name}{ending}".lower() for name in names for ending in ("", "-mask")]
+    assert names[0] == "a" and names[-1] == "b" and len(set(files)) == len(files)
 
 
 def test_every_form_of_a_picture_gives_the_same_record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import tarfile
 import zipfile
@@ -299,6 +300,39 @@ def test_a_damaged_archive_is_noticed(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ImageError, match="damaged here"):
         source.read(1)
+
+
+def test_a_split_may_be_a_link_to_another(tmp_path: Path) -> None:
+    place = Path(as_folder(pictures(train__cat=3, train__dog=3, val__cat=2, val__dog=2), tmp_path))
+    (place / "test").symlink_to(place / "val", target_is_directory=True)
+    splits = open_splits([str(place)])
+    assert splits.given == ("train", "val", "test") and splits.val is not None and splits.test is not None
+    assert len(splits.val) == len(splits.test) == 4
+
+
+def test_splits_inside_classes_are_refused(tmp_path: Path) -> None:
+    tree = pictures(cat__train=3, cat__test=2, dog__train=3, dog__test=2)
+    with pytest.raises(DataError, match=r"splits lie inside the classes \(cat/train/...\).*train/CLASS"):
+        open_splits([as_folder(tree, tmp_path)])
+
+
+def test_a_val_that_lies_beside_is_pointed_at(tmp_path: Path) -> None:
+    place = as_folder(pictures(train__cat=3, train__dog=3, val__cat=2, val__dog=2), tmp_path)
+    assert "--val" in open_splits([f"{place}/train"]).notes[-1]
+    assert not open_splits([place]).notes
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    place = as_folder(pictures(cat=3, dog=3), tmp_path)
+    os.rename(os.fsencode(place) + b"/dog", os.fsencode(place) + b"/caf\xe9")
+    with pytest.raises(DataError, match=r"the class caf\\udce9 .* rename"):
+        open_splits([place])
+
+
+def test_pictures_of_kinds_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    tree = pictures(cat=3, dog=3) | {"cat/a.heic": b"x", "dog/b.bmp": b"x", "dog/notes.txt": b"x"}
+    notes = open_splits([as_folder(tree, tmp_path)], val_share=0).notes
+    assert any("1 .bmp, 1 .heic left out" in note for note in notes)
 
 
 def test_a_loop_of_links_ends(tmp_path: Path) -> None:

@@ -118,6 +118,49 @@ def test_the_model_folder_knows_its_classes_and_scores_as_training_said(
     assert scores["loss"] == pytest.approx(result.scores["val"]["loss"], rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def flat(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The training pictures alone, as CLASS/*.png."""
+    return shutil.copytree(data / "train", tmp_path_factory.mktemp("flat") / "pictures")
+
+
+def test_evaluate_scores_what_training_held_back(flat: Path, tmp_path: Path) -> None:
+    result, _ = go(record(flat, tmp_path / "run", seed=3, val_share=0.25, epochs=1))
+    ask = EvaluateRun(model=str(result.model), data=(str(flat),), output=str(tmp_path), precision="fp32")
+    for split in ("auto", "val"):
+        found = evaluate(config.replace(ask, split=split))
+        assert found.split == "val" and found.scores["images"] == 12
+        assert found.scores["loss"] == pytest.approx(result.scores["val"]["loss"], rel=1e-5)
+    copy = shutil.copytree(flat, tmp_path / "elsewhere")
+    found = evaluate(config.replace(ask, data=(str(copy),)))
+    assert found.split == "all" and found.scores["images"] == 48 and "flatters" in found.notes[-1]
+
+
+def test_test_pictures_that_cannot_be_read_cost_their_rows_and_no_model(data: Path, tmp_path: Path) -> None:
+    pictures = shutil.copytree(data, tmp_path / "pictures")
+    shutil.copytree(pictures / "val", pictures / "test")
+    for bad in ("apple/000.png", "sky/001.png"):
+        (pictures / "test" / bad).write_bytes(b"no picture")
+    result, said = go(record(pictures, tmp_path / "run", epochs=1))
+    assert (result.model / "model.safetensors").is_file() and result.scores["test"]["images"] == 10
+    assert "2 of 12 pictures could not be read and are not scored" in notes(said)
+
+
+def test_other_validation_pictures_find_the_best_weights_anew(data: Path, flat: Path, tmp_path: Path) -> None:
+    go(record(flat, tmp_path / "run", val=(str(data / "val"),), epochs=2))
+    result, said = go(record(flat, tmp_path / "run", val=(str(flat),), epochs=3))
+    assert "validation pictures are others than before" in notes(said)
+    assert result.step == 18 and state.read(tmp_path / "run/checkpoints/best-00000018").place.best_step == 18
+
+
+def test_what_does_nothing_is_said(data: Path, tmp_path: Path) -> None:
+    changes = {"mix_off": 0.5, "distill_weight": 0.7, "patience": 2, "eval_every": 0.0, "val_share": 0.3}
+    result, said = go(record(data, tmp_path / "run", epochs=1, **changes))
+    for name in ("mix_off", "distill_weight", "patience", "val_share"):
+        assert f"{name} does nothing" in notes(said)
+    assert from_pretrained(result.model).card.notes == ""  # nothing chose these weights
+
+
 def interrupt_after(step: int) -> Callable[[Record], None]:
     """Presses Ctrl-C when a step is told."""
 
@@ -231,8 +274,16 @@ def test_a_linear_probe_trains_the_last_layer_alone(
 def test_a_student_learns_from_a_teacher(
     trained: tuple[TrainResult, list[Record]], data: Path, tmp_path: Path
 ) -> None:
-    result, _ = go(record(data, tmp_path / "student", teacher=str(trained[0].model), distill="soft"))
-    assert result.reason == "done"
+    wrong = from_pretrained(trained[0].model)  # calls every class by its neighbour's number
+    with torch.no_grad():
+        wrong.head.linear.weight.copy_(wrong.head.linear.weight.roll(1, 0))
+        wrong.head.linear.bias.copy_(wrong.head.linear.bias.roll(1, 0))
+    wrong.save_pretrained(tmp_path / "wrong")
+    teacher = {"teacher": str(tmp_path / "wrong"), "distill": "soft", "epochs": 6}
+    believed, _ = go(record(data, tmp_path / "student", distill_weight=1.0, **teacher))
+    assert believed.scores["val"]["acc1"] < 0.1
+    ignored, _ = go(record(data, tmp_path / "pupil", distill_weight=0.0, **teacher))
+    assert ignored.scores["val"]["acc1"] > 0.9
     renamed = shutil.copytree(data, tmp_path / "renamed")
     (renamed / "train" / "apple").rename(renamed / "train" / "zebra")
     shutil.rmtree(renamed / "val")

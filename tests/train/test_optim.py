@@ -70,6 +70,27 @@ def test_muon_moves_joined_queries_keys_and_values_one_by_one() -> None:
     torch.testing.assert_close(joined, torch.cat(list(parts)))
 
 
+def test_muon_takes_a_matrix_of_the_same_shape_and_another_name_whole() -> None:
+    gradient = torch.randn(24, 8, generator=torch.Generator().manual_seed(0))
+    wide, joined = (torch.nn.Parameter(torch.zeros(24, 8)) for _ in range(2))
+    wide.grad, joined.grad = gradient, gradient.clone()
+    Muon([("blocks.0.mlp.fc1.weight", wide), ("blocks.0.mixer.qkv.weight", joined)], lr=0.1).step()
+    values = torch.linalg.svdvals(wide)
+    assert float(values.max() / values.min()) < 2.2  # about one, all of them, of the whole matrix
+    assert not torch.allclose(wide, joined, atol=1e-3)
+
+
+def test_a_step_of_muon_is_as_long_as_its_paper_says() -> None:
+    weight = torch.nn.Parameter(torch.full((4, 16), 2.0))
+    weight.grad = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+    update = orthogonal(weight.grad[None], torch.float32)[
+        0
+    ]  # the first step's momentum points as the gradient does
+    Muon([weight], lr=0.1, weight_decay=0.5).step()
+    expected = torch.full((4, 16), 2.0) * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 16**0.5 * update
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "sgd", "muon"])
 def test_memory_goes_away_and_comes_back(kind: Any) -> None:
     def step(net: Net, optimiser: Any) -> None:

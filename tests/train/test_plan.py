@@ -32,6 +32,16 @@ def test_every_open_field_is_chosen(facts: Facts, start: dict[str, str]) -> None
     assert choices and all(choice.reason for choice in choices)
 
 
+def test_a_length_in_steps_is_planned_like_the_same_length_in_epochs() -> None:
+    short, _ = choose(TrainRun(data=("x",), steps=200), CIFAR)  # half a pass over the pictures
+    assert short.warmup_epochs == pytest.approx(0.05, rel=0.05) and short.mixup == 0.0
+    long = {"data": ("x",), "batch_size": 125}
+    steps, _ = choose(TrainRun(**long, steps=400 * 50), CIFAR)  # type: ignore[arg-type]
+    epochs, _ = choose(TrainRun(**long, epochs=50), CIFAR)  # type: ignore[arg-type]
+    assert config.replace(steps, steps=None, epochs=50) == epochs
+    assert epochs.warmup_epochs == 5.0 and epochs.aa == "trivial"
+
+
 def test_what_was_given_is_never_changed() -> None:
     given = TrainRun(
         data=("x",), model="vit_small_patch16_224", lr=0.5, mixup=0.0, epochs=3, model_ema=0.0, crop="none"

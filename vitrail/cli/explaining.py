@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def explain(run: ExplainRun) -> int:
-    """Maps for pictures as they come, or the table of methods over a data set."""
+    """Maps for pictures as they come, or the table of methods over a data set; 1 when some were not explained."""
     from vitrail.jobs import explain as job
 
     done: list[Explained] = []
@@ -31,10 +31,16 @@ def explain(run: ExplainRun) -> int:
                 _explained(run, explained)
     if run.format == "json":
         print(show.json_text([explained.to_dict() for explained in done]))
-    return 0
+    bad = sum(explained.error is not None for explained in done)
+    if bad:
+        show.say(f"{bad} of {len(done)} pictures could not be explained.")
+    return 1 if bad else 0
 
 
 def _explained(run: ExplainRun, explained: Explained) -> None:
+    if explained.error is not None:
+        show.table([explained.source], [[f"error: {explained.error}"]])
+        return
     first = explained.explanations[0]
     columns = [first.source, "class", "probability"]
     if run.score:

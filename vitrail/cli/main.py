@@ -8,6 +8,7 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 well, 1 som
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -62,6 +63,12 @@ COMMANDS = (
 
 def entry() -> None:
     """The `vitrail` command."""
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # file names need not be text; in JSON, \\udcff is the same letter
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
 
 

@@ -84,7 +84,7 @@ def write_result(text: str, output: str | None) -> None:
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        target, (text if text.endswith("\n") else text + "\n").encode("utf-8", "surrogateescape")
+        target, (text if text.endswith("\n") else text + "\n").encode("utf-8", "backslashreplace")
     )
     say(f"written: {target}")
 

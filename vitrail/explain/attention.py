@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.capture import evaluation, listen, stages_of
 from vitrail.explain.places import PIXELS, Axis, Keys, Placement, axes, keys_of
-from vitrail.nn.resnet import Stem
+from vitrail.nn.resnet import ConvNorm, Stem
 from vitrail.nn.shapes import Grid
 
 Item = TypeVar("Item")
@@ -287,23 +287,20 @@ def last_map(network: nn.Module, images: Tensor) -> str:
 
 @contextmanager
 def slid(network: nn.Module) -> Iterator[dict[Grid, Placement]]:
-    """Where the cells of maps of each size lie, for networks without stages, filled in by the pass inside.
+    """Where the cells of maps of each size lie in what comes into a network, filled in by the pass inside.
 
-    Convolutions and poolings that change the size say so in their order; parts side by side (a shortcut) agree on
-    where the middle of a cell is, so the first of them is heard.
+    The entries of stages say so; where there are no stages, convolutions and poolings that change the size do, in
+    their order. Parts side by side (a shortcut) agree on where the middle of a cell is, so the first of them is heard.
     """
     found: dict[Grid, Placement] = {}
-    if stages_of(network):
-        yield found
-        return
-    parts = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | Stem)
-    }
+    # A convolution that is computed together with its norm is not called itself.
+    sliding = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | Stem | ConvNorm
+    parts: dict[str, nn.Module] = {f"{name}.entry": stage.entry for name, stage in stages_of(network).items()}
+    parts = parts or {name: part for name, part in network.named_modules() if isinstance(part, sliding)}
 
     def heard(_name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        before, after = Grid(*arguments[0].shape[2:]), Grid(*output.shape[2:])
+        map = output if isinstance(output, Tensor) else output[0]
+        before, after = Grid(*arguments[0].shape[2:]), Grid(*map.shape[2:])
         at = found.get(before, PIXELS)
         if after not in found:
             found[after] = at.after(*axes(module, before, after))

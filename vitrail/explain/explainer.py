@@ -19,7 +19,7 @@ from vitrail.data.image import decode
 from vitrail.data.transforms import Geometry, Preprocess, normalise
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, suggestion
-from vitrail.explain.faithfulness import CONTROLS, Score, centre_map, fills_for, random_map, score_maps
+from vitrail.explain.faithfulness import CONTROLS, Fill, Score, centre_map, fills_for, random_map, score_maps
 from vitrail.explain.heat import Heat
 from vitrail.explain.methods import (
     METHODS,
@@ -161,6 +161,7 @@ class Explanation:
         return {
             "source": self.source,
             "model": self.model,
+            "precision": "fp32",
             "method": self.method,
             "class_specific": self.class_specific,
             "label": self.label,
@@ -365,10 +366,11 @@ class Explainer:
         """The map's scores, and those of the centre and of the mean of some random maps."""
         size = (images.shape[2], images.shape[3])
         chances = [random_map(self.regions, seed + number) for number in range(CHANCES)]
-        maps = torch.stack([heat.regions(size, self.regions)[0], centre_map(self.regions), *chances])
+        controlled = [centre_map(self.regions), *chances]
         faithfulness: dict[str, Score] = {}
         controls: dict[str, dict[str, Score]] = {}
         for fill in fills_for(self.network):
+            maps = torch.stack([scored(heat, size, self.regions, fill), *controlled])
             mine, centre, *random = score_maps(self.network, images[0], target, maps, fill=fill, steps=STEPS)
             chance = Score(
                 deletion=sum(found.deletion for found in random) / len(random),
@@ -377,6 +379,13 @@ class Explainer:
             faithfulness[fill] = mine
             controls[fill] = dict(zip(CONTROLS, (chance, centre), strict=True))
         return faithfulness, controls
+
+
+def scored(
+    heat: Heat, size: tuple[int, int], regions: tuple[int, int], fill: Fill
+) -> Float[Tensor, "r c"]:
+    """The first map of a batch as one fill ranks it: means over regions of pixels, or one value a token removed."""
+    return (heat.ranked if fill == "removal" else heat.regions)(size, regions)[0]
 
 
 def _array(image: Any) -> Any:

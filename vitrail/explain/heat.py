@@ -52,6 +52,13 @@ class Heat:
         """Means over a grid that shares an input of this size out evenly."""
         return F.adaptive_avg_pool2d(self.resized(size, smooth=False)[:, None], grid)[:, 0]
 
+    def ranked(self, size: tuple[int, int], grid: tuple[int, int]) -> Float[Tensor, "B r c"]:
+        """One value for each token of a grid: the map's own where it has as many cells, else means over the grid.
+
+        Cells that lie beside an even grid's, behind a stem, would be blurred by means.
+        """
+        return self.values if tuple(self.values.shape[1:]) == tuple(grid) else self.regions(size, grid)
+
     def shown(self, size: tuple[int, int], grid: tuple[int, int]) -> Heat:
         """The map as it is drawn and scored: one of single pixels as means over a grid's regions.
 

@@ -61,12 +61,21 @@ def _no_attention(network: nn.Module) -> str:
 
 
 def _attention(network: nn.Module, images: Tensor, targets: Sequence[int] | Tensor, options: Options) -> Heat:
-    """Weights where there are some, else what the channel gates let through."""
+    """Weights where there are some, else what the channel gates let through. Raises ConfigError for idle options."""
     if isinstance(network, Asked):
+        _refuse(options, ("layer", "head", "token"), "For boxes attention is that of the box's query, mean over heads")
         return query_attention(network, images, targets)
     if mixers_of(network):
         return attention(network, images, options.layer, options.head, options.token)
+    _refuse(options, ("head", "token"), "This network has channel gates, which have neither heads nor tokens")
     return gated(network, images, options.layer)
+
+
+def _refuse(options: Options, names: Sequence[str], why: str) -> None:
+    """Raise ConfigError for an option that was given and would do nothing."""
+    given = [name for name in names if getattr(options, name) != getattr(Options(), name)]
+    if given:
+        raise ConfigError(f"{why}: leave {' and '.join(given)} out.")
 
 
 def _gradcam(network: nn.Module, images: Tensor, targets: Sequence[int] | Tensor, options: Options) -> Heat:

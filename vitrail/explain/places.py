@@ -7,7 +7,7 @@ cells from the top left corner, edges and not centres.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,26 @@ class Reach(NamedTuple):
         return parts / parts.sum(dim=1, keepdim=True).clamp_min(1)
 
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether neighbouring windows share cells."""
+        return self.kernel > self.stride
+
+    def first(self, number: int) -> int:
+        """The first old cell in the window of a new one; below 0 where the window hangs over."""
+        return number * self.stride - self.padding
+
+
+def joined(found: Sequence[Reach]) -> Reach:
+    """Windows that slide one after the other, as one: all that a cell of the last map is made of."""
+    kernel, stride, padding = 1, 1, 0
+    for reach in found:
+        padding += stride * reach.padding
+        kernel += stride * (reach.kernel - 1)
+        stride *= reach.stride
+    return Reach(kernel, stride, padding, found[-1].after)
+
+
 def sliding(size: int, kernel: int, stride: int, padding: int = 0) -> Reach:
     """A window that stays within the padded map, as convolutions do."""
     return Reach(kernel, stride, padding, (size + 2 * padding - kernel) // stride + 1)
@@ -91,6 +111,13 @@ class Placement(NamedTuple):
             self.scale_x * columns.scale,
             self.scale_y * rows.shift + self.shift_y,
             self.scale_x * columns.shift + self.shift_x,
+        )
+
+    def middles(self, grid: Grid) -> tuple[Float[Tensor, " h"], Float[Tensor, " w"]]:
+        """Where the middles of a grid's rows and columns lie."""
+        return (
+            (torch.arange(grid.rows) + 0.5) * self.scale_y + self.shift_y,
+            (torch.arange(grid.columns) + 0.5) * self.scale_x + self.shift_x,
         )
 
 
@@ -160,10 +187,14 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _bit(stem: BitStem, size: tuple[int, int]) -> list[tuple[Reach, Reach]]:
-    """The hybrids' stem: a root of 7, a pooling of 3, then one stride of 3 a stage, all with SAME padding."""
+    """The hybrids' stem: a root of 7, a pooling of 3, then a window of 3 for each unit; SAME padding throughout."""
+    windows = [(7, 2), (3, 2)]
+    for number, stage in enumerate(stem.stages):
+        units = len(list(stage.children()))
+        windows += [(3, 2 if number and unit == 0 else 1) for unit in range(units)]
     found = []
-    for kernel in (7, *(3,) * (stem.stride.bit_length() - 2)):
-        found.append(_both(covering(side, kernel, 2) for side in size))
+    for kernel, stride in windows:
+        found.append(_both(covering(side, kernel, stride) for side in size))
         size = (found[-1][0].after, found[-1][1].after)
     return found
 
@@ -185,11 +216,13 @@ def _compose(found: list[Reach], before: int, after: int) -> Axis:
     """One window after the other. Where the cells do not come out so, they are taken to share the map evenly."""
     if (found[-1].after if found else before) != after:
         return _even(before, after)
-    scale, shift, matrix, size = 1.0, 0.0, torch.eye(before), before
+    if not found:
+        return Axis(1.0, 0.0, torch.eye(before))
+    matrix, size = torch.eye(before), before
     for reach in found:
-        matrix = reach.shares(size) @ matrix
-        scale, shift, size = scale * reach.stride, shift + scale * reach.shift, reach.after
-    return Axis(scale, shift, matrix)
+        matrix, size = reach.shares(size) @ matrix, reach.after
+    whole = joined(found)
+    return Axis(float(whole.stride), whole.shift, matrix)
 
 
 def _even(before: int, after: int) -> Axis:

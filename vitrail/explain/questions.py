@@ -13,17 +13,18 @@ gives them for a picture:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from vitrail.errors import ConfigError
+from vitrail.explain.attention import slid
 from vitrail.explain.heat import Heat
-from vitrail.explain.places import stretched
+from vitrail.explain.places import Placement, stretched
 from vitrail.explain.still import held_still
 from vitrail.nn.decoder import QueryAttention
 from vitrail.nn.shapes import DenseBoxOutput, Features, Grid, Level, MaskOutput
@@ -33,6 +34,10 @@ from vitrail.tasks.segment import Segment
 
 LEAST = 1e-6
 """Probabilities are not taken below this, where their logarithm would tell nothing."""
+
+
+class NothingThere(ConfigError):
+    """The picture has no such box, or no pixel of the class."""
 
 
 class BoxQuestion(NamedTuple):
@@ -104,7 +109,7 @@ def box_question(
 ) -> tuple[int, tuple[float, float, float, float]]:
     """Ask about a detector's box, counted from the surest; its class, and its corners in shares of the input.
 
-    Raises ConfigError where there are not so many boxes (of the wanted class).
+    Raises NothingThere where there are not so many boxes (of the wanted class).
     """
     assert isinstance(asked.task, Detect)
     _, classes, boxes = asked.task.detections(output)[0]
@@ -112,7 +117,7 @@ def box_question(
     classes, boxes = classes[kept], boxes[kept]
     if not 0 <= number < len(classes):
         what = "boxes" if wanted is None else f"boxes of {labels[wanted]}"
-        raise ConfigError(
+        raise NothingThere(
             f"box must be 0 to {len(classes) - 1}: there are {len(classes)} {what}; got {number}."
         )
     corners = to_corners(boxes[number].float())
@@ -126,14 +131,14 @@ def region_question(
 ) -> tuple[int, Bool[Tensor, "I J"]]:
     """Ask about the pixels that a segmenter gave a class (by default the one with most pixels); its number, and they.
 
-    Raises ConfigError where no pixel has the wanted class, with those that occur.
+    Raises NothingThere where no pixel has the wanted class, with those that occur.
     """
     mask = output.logits[0].argmax(dim=0)  # [I, J]
     counts = torch.bincount(mask.flatten(), minlength=len(labels))
     number = int(counts.argmax()) if wanted is None else wanted
     if not counts[number]:
         there = ", ".join(label for label, count in zip(labels, counts.tolist(), strict=False) if count)
-        raise ConfigError(f"No pixel is called {labels[number]} here; there are: {there}.")
+        raise NothingThere(f"No pixel is called {labels[number]} here; there are: {there}.")
     region = mask == number
     asked.question = RegionQuestion(region)
     return number, region
@@ -155,7 +160,7 @@ def query_attention(asked: Asked, images: Float[Tensor, "B C I J"], targets: Seq
     heard: list[Tensor] = []
     handle = reader.register_forward_hook(lambda module, given, _: heard.append(module.weights(*given)))
     try:
-        with held_still(asked), torch.no_grad():
+        with held_still(asked), torch.no_grad(), backbone_maps(asked.network.backbone) as seen:
             output = asked.network(images)
     finally:
         handle.remove()
@@ -163,24 +168,41 @@ def query_attention(asked: Asked, images: Float[Tensor, "B C I J"], targets: Seq
     similar = asked.similarities(output, asked.question.corners)  # [B, Q, K]
     rows = torch.arange(len(wanted), device=images.device)
     queries = similar[rows, :, wanted].argmax(dim=1)  # [B]
-    stride = asked.levels[-1].stride
-    grid = Grid(-(-images.shape[2] // stride), -(-images.shape[3] // stride))
+    grid, placement = seen[-1]
     weights = heard[0].mean(dim=1)[rows, queries]  # [B, M]
     return Heat(
         values=weights.unflatten(1, tuple(grid)).float().cpu(),
-        placement=stretched(grid, (images.shape[2], images.shape[3])),
+        placement=placement,
         units="share of attention",
         where=f"last decoder layer, mean over heads, query {', '.join(str(int(query)) for query in queries)}",
         elsewhere=(1 - weights.sum(dim=1)).float().cpu(),
     )
 
 
+@contextmanager
+def backbone_maps(backbone: nn.Module) -> Iterator[list[tuple[Grid, Placement]]]:
+    """The grid of each map that a backbone answers inside, and where its cells lie in the images, fine to coarse."""
+    seen: list[tuple[Grid, Placement]] = []
+    with slid(backbone) as places:
+
+        def heard(_module: nn.Module, given: Any, output: Features) -> None:
+            size = (given[0].shape[2], given[0].shape[3])
+            grids = [Grid(map.shape[2], map.shape[3]) for map in output.maps]
+            seen[:] = [(grid, places.get(grid, stretched(grid, size))) for grid in grids]
+
+        handle = backbone.register_forward_hook(heard)
+        try:
+            yield seen
+        finally:
+            handle.remove()
+
+
 def question_gradcam(asked: Asked, images: Float[Tensor, "B C I J"], targets: Sequence[int] | Tensor) -> Heat:
     """Grad-CAM on all of the backbone's maps, cell by cell: activation times its own gradient, summed over channels.
 
     A box or a region hangs on its own cells, so gradients are not averaged over the map first (HiResCAM, Draelos and
-    Carin 2020, 2011.08891). The maps are brought to the finest one's size, a cell's share spread over the finer
-    cells, and added up; what tells against the class is cut at 0 after the sum.
+    Carin 2020, 2011.08891). The maps are brought to the finest one's cells, each from where its own cells lie, a
+    cell's share spread over the finer ones, and added up; what tells against the class is cut at 0 after the sum.
     """
     leaves: list[Tensor] = []
 
@@ -190,22 +212,18 @@ def question_gradcam(asked: Asked, images: Float[Tensor, "B C I J"], targets: Se
 
     handle = asked.network.backbone.register_forward_hook(heard)
     try:
-        with held_still(asked), torch.enable_grad():
+        with held_still(asked), torch.enable_grad(), backbone_maps(asked.network.backbone) as seen:
             answer = asked(images)
             score = answer.gather(1, torch.as_tensor(targets, device=answer.device)[:, None]).sum()
             gradients = torch.autograd.grad(score, leaves, allow_unused=True)
     finally:
         handle.remove()
-    size = leaves[0].shape[2:]
-    total = torch.zeros(len(images), 1, *size, device=images.device)
-    for map, gradient in zip(leaves, gradients, strict=True):
+    grid, finest = seen[0]
+    ys, xs = finest.middles(grid)
+    units, total = "activation times gradient, all levels, cut at 0", torch.zeros(len(images), *grid)
+    for map, gradient, (_, placement) in zip(leaves, gradients, seen, strict=True):
         if gradient is not None:
-            part = (gradient * map.detach()).sum(dim=1, keepdim=True)  # [B, 1, h, w]
-            part = part * (map.shape[2] * map.shape[3]) / (size[0] * size[1])
-            total = total + F.interpolate(part, size=size, mode="bilinear", align_corners=False)
-    return Heat(
-        values=total[:, 0].clamp_min(0).float().cpu(),
-        placement=stretched(Grid(*size), (images.shape[2], images.shape[3])),
-        units="activation times gradient, all levels, cut at 0",
-        where="after the backbone",
-    )
+            part = (gradient * map.detach()).sum(dim=1).float().cpu()  # [B, h, w]
+            finer = finest.scale_y * finest.scale_x / (placement.scale_y * placement.scale_x)
+            total += finer * Heat(values=part, placement=placement, units=units).at(ys, xs)
+    return Heat(values=total.clamp_min(0), placement=finest, units=units, where="after the backbone")

@@ -75,7 +75,9 @@ def token_number(token: str, prefix: int) -> int:
     names = {"class": 0, "distillation": 1, **{str(number): number for number in range(prefix)}}
     number = names.get(token, prefix)
     if number >= prefix:
-        there = ", ".join(name for name, place in names.items() if place < prefix) or "none"
+        there = ", ".join(name for name, place in names.items() if place < prefix)
+        if not there:
+            raise ConfigError(f"There are no tokens before the patches here: leave token out; got {token!r}.")
         raise ConfigError(f"token must be one of the tokens before the patches ({there}); got {token!r}.")
     return number
 
@@ -189,6 +191,11 @@ def attention(
     heads = look.weights.shape[1]
     if head is not None and not 0 <= head < heads:
         raise ConfigError(f"{look.block} has heads 0 to {heads - 1}; got {head}.")
+    if token and not look.prefix:
+        raise ConfigError(
+            f"{look.block} has no tokens before the patches, and token asks for one of them; got {token!r}. Leave token"
+            " out for the mean over all queries, or take another layer."
+        )
     weights = look.weights.mean(dim=1) if head is None else look.weights[:, head]  # [B, N, M]
     row = images.new_zeros(look.prefix + look.grid.size)
     if look.prefix:

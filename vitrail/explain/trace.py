@@ -124,6 +124,7 @@ class Trace:
         return {
             "model": self.model,
             "note": self.note,
+            "precision": "fp32",
             "steps": [step.to_dict() for step in self.steps],
             **self.prediction.to_dict(),
         }

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
 from vitrail.data.transforms import normalise
-from vitrail.explain.explainer import STEPS, Explainer
+from vitrail.explain.explainer import STEPS, Explainer, scored
 from vitrail.explain.faithfulness import (
     CONTROLS,
     MAY_BE_CHANCE,
@@ -31,6 +31,8 @@ from vitrail.explain.faithfulness import (
 )
 from vitrail.explain.methods import METHODS, Options, choose, heat_of
 from vitrail.explain.still import held_still
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +153,9 @@ def trial(
     }
     seconds: dict[str, list[float]] = {name: [] for name in ("", *methods)}  # "": one forward
 
-    def timed(name: str, work: Callable[[], Tensor]) -> Tensor:
+    def timed(name: str, work: Callable[[], Made]) -> Made:
         begun = time.perf_counter()
-        made = work().cpu()  # a device has then computed it
+        made = work()
         seconds[name].append(time.perf_counter() - begun)
         return made
 
@@ -161,16 +163,14 @@ def trial(
     for picture in pictures:
         images = normalise(picture[None].to(explainer.device), explainer.engine.card.preprocessing)
         with held_still(network), torch.no_grad():
-            logits = timed("", partial(network, images))
+            logits = timed("", lambda: network(images).cpu())  # noqa: B023 called at once
         target, size = int(logits[0].argmax()), (images.shape[2], images.shape[3])
         ask = partial(heat_of, network, images, [target], options=options)
-        maps = [
-            timed(method, lambda: ask(method=method).regions(size, regions)[0])  # noqa: B023 called at once
-            for method in methods
-        ]
-        maps += [random_map(regions, seed + done), centre_map(regions)]
+        heats = [timed(method, partial(ask, method=method)) for method in methods]  # their values are on the CPU
+        controls = [random_map(regions, seed + done), centre_map(regions)]
         for fill in fills:
-            scores = score_maps(network, images[0], target, torch.stack(maps), fill=fill, steps=STEPS)
+            maps = torch.stack([*(scored(heat, size, regions, fill) for heat in heats), *controls])
+            scores = score_maps(network, images[0], target, maps, fill=fill, steps=STEPS)
             for name, score in zip((*methods, *CONTROLS), scores, strict=True):
                 found[fill][name].append(score)
         done += 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+IN_FLOAT32 = "Computed in float32: `vitrail predict --precision fp32` gives the same numbers."
+
 
 @dataclass(frozen=True, kw_only=True)
 class Words:

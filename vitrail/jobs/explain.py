@@ -19,15 +19,16 @@ from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
-from vitrail.errors import ConfigError, DataError, UnsupportedError
+from vitrail.errors import ConfigError, DataError, ImageError, UnsupportedError
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation, cautions
 from vitrail.explain.explorer import explorer
 from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
-from vitrail.explain.questions import Asked
+from vitrail.explain.questions import Asked, NothingThere
 from vitrail.explain.still import held_still
 from vitrail.explain.trial import Trial, cost, trial
+from vitrail.explain.words import IN_FLOAT32
 from vitrail.jobs.opening import open_network
 from vitrail.jobs.predict import free_name
 from vitrail.predict import expand
@@ -38,11 +39,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Explained:
-    """The explanations of one picture, and the files that hold them."""
+    """The explanations of one picture, and the files that hold them; or why there are none."""
 
-    explanations: tuple[Explanation, ...]
+    source: str
+    explanations: tuple[Explanation, ...] = ()
     """One a method."""
-    files: tuple[Path, ...]
+    files: tuple[Path, ...] = ()
+    error: str | None = None
+    """Why the picture could not be explained; explanations and files are then empty."""
 
     @property
     def cautions(self) -> list[str]:
@@ -52,6 +56,8 @@ class Explained:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
+            "source": self.source,
+            "error": self.error,
             "explanations": [found.to_dict() for found in self.explanations],
             "files": [str(path) for path in self.files],
         }
@@ -74,9 +80,11 @@ def is_trial(run: ExplainRun) -> bool:
 def explain(run: ExplainRun) -> Iterator[Explained]:
     """Explain pictures one after the other, and write each one's maps, records and page.
 
+    A picture that cannot be read, or that has no such box or region, gets a record with its error.
+
     Raises:
         ConfigError: an unknown class, method, layer, head or token. UnsupportedError: the method is not defined for
-        the model; the message names those that are. ImageError, DataError: pictures that cannot be read.
+        the model; the message names those that are. DataError: a folder or pattern that holds no picture.
     """
     explainer, options, note = _opened(run)
     paths = expand(run.images)
@@ -86,6 +94,7 @@ def explain(run: ExplainRun) -> Iterator[Explained]:
     if run.score:
         each = forwards(2 + CHANCES, STEPS, len(fills_for(explainer.network)))
         _announce(explainer, len(paths) * len(methods) * each, "scoring")
+    logger.info(IN_FLOAT32)
     yield from _explained(run, explainer, paths, methods, note)
 
 
@@ -131,14 +140,18 @@ def _explained(
 ) -> Iterator[Explained]:
     taken: set[str] = set()
     for path in paths:
-        found = [
-            explainer(
-                path, run.class_, method, score=run.score, seed=run.seed, box=run.box,
-                **{name: getattr(run, name) for name in ("layer", "head", "token", "steps")
-                   if name in METHODS[method].takes},
-            )
-            for method in methods
-        ]  # fmt: skip
+        try:
+            found = [
+                explainer(
+                    path, run.class_, method, score=run.score, seed=run.seed, box=run.box,
+                    **{name: getattr(run, name) for name in ("layer", "head", "token", "steps")
+                       if name in METHODS[method].takes},
+                )
+                for method in methods
+            ]  # fmt: skip
+        except (ImageError, NothingThere, OSError) as error:
+            yield Explained(source=path, error=str(error))
+            continue
         folder = Path(run.output) if run.output else Path("explain")
         if not run.output or len(paths) > 1:
             folder = folder / free_name(Path(path).stem, taken)
@@ -153,7 +166,7 @@ def _explained(
         )
         if run.page:
             files += _write(folder / "explain.html", explorer(explainer, found, note).encode())
-        yield Explained(explanations=tuple(found), files=tuple(files))
+        yield Explained(source=path, explanations=tuple(found), files=tuple(files))
 
 
 def _write(path: Path, data: bytes) -> list[Path]:

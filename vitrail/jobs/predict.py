@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, index_png
 from vitrail.tasks.panoptic import segment_numbers
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,9 +55,17 @@ def predict(run: PredictRun) -> Predictions:
         batch_size=1 if run.window else run.batch_size, workers=run.workers,
     )  # fmt: skip
     predictor.engine = ready(predictor.engine, run, len(paths))
+    if predictor.engine.name == "torch":  # the others say it when they open
+        logger.info("engine torch, %s", predictor.engine.precision)
     if run.window:
         predictor.engine = SlidingEngine(predictor.engine, run.window)
     task = predictor.engine.card.task
+    idle = [name for name, value in (("draw", run.draw), ("window", run.window)) if value]
+    if task == "image-classification" and (idle or run.threshold != PredictRun.threshold):
+        raise ConfigError(
+            f"{(idle or ['threshold'])[0]} is for boxes and masks, and {run.model} names the class of a whole picture:"
+            " leave it out."
+        )
     if run.format == "coco" and task != "object-detection":
         raise ConfigError(
             "The form coco lists boxes, and this model finds none; take json, jsonl, csv or table."
@@ -72,7 +83,7 @@ def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Itera
     taken: set[str] = set()
     for record in records:
         if record.error is None:
-            name = free_name(Path(record.source).stem, taken)
+            name = free_name(Path(record.source).stem, taken, ("-mask", "-segments"))
             pixels = decode(record.source, name=record.source).permute(1, 2, 0).numpy()
             if hasattr(record, "boxes"):
                 boxes = [Drawn(box.index, box.corners, box.score) for box in record.boxes]
@@ -91,13 +102,16 @@ def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Itera
         yield record
 
 
-def free_name(stem: str, taken: set[str]) -> str:
-    """The stem, with a number where pictures of several folders share it."""
+def free_name(stem: str, taken: set[str], endings: Sequence[str] = ()) -> str:
+    """The stem, with a number where it is in `taken`, alone or with one of `endings`; these are then taken too.
+
+    Small and capital letters count as the same, as some file systems have it.
+    """
     name, number = stem, 1
-    while name in taken:
+    while not taken.isdisjoint(own := {f"{name}{ending}".casefold() for ending in ("", *endings)}):
         number += 1
         name = f"{stem}-{number}"
-    taken.add(name)
+    taken |= own
     return name
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import io
+import json
 import logging
 import shutil
 import tempfile
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 
 from vitrail.data.transforms import Preprocess
 from vitrail.engines import hurry, open_engine
+from vitrail.engines.artefact import format_of
 from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer, Explanation
@@ -36,7 +39,7 @@ from vitrail.runtime import choose_device
 from vitrail.tasks.classify import Classify
 from vitrail.tasks.draw_dense import index_png, palette
 from vitrail.weights.files import weight_files
-from vitrail.weights.folder import model_folder
+from vitrail.weights.folder import model_folder, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +143,7 @@ class Served:
         apart = self.predictor.engine.name in ("torch", "openvino")
         self.share = share if share and apart else torch.get_num_threads()
         self.labels = self.predictor.labels
-        self.version = (self.card.sha256 or self.stamp)[:12]
+        self.version = _version(self.copy, self.card.sha256 or self.stamp)
         self.preprocessing = dataclasses.asdict(self.card.preprocessing)
         self.loaded_at = time.time()
         Preprocess(self.card.preprocessing)
@@ -336,10 +339,9 @@ class Served:
         }
 
     def _explain(self, seen: Seen, wish: Wish) -> Explanation:
-        target: str | int | None = wish.target
         return self.explainer()(
             _picture(seen),
-            target,
+            wish.target,
             wish.method,
             score=wish.score,
             name=seen.name,
@@ -387,8 +389,8 @@ class Wish:
     """What is asked of an explanation."""
 
     method: str = "auto"
-    target: str | None = None
-    """Class by name or number; the predicted one by default."""
+    target: str | int | None = None
+    """Class by name or, where no class has that name, by number in text; by number; the predicted one by default."""
     score: bool = False
     options: dict[str, Any] = field(default_factory=dict)
     """layer, head, token, steps: what the method takes; box, of a detector, counted from the surest."""
@@ -423,6 +425,16 @@ def _picture(seen: Seen) -> Tensor:
     return torch.from_numpy(seen.shown)
 
 
+def _version(folder: str, weights: str) -> str:
+    """What tells one state of a model from another: a hash of its weights' and of the card that lies in its folder.
+
+    An engine may carry a card of its own, so that the version would depend on what computes.
+    """
+    card = dataclasses.asdict(read_card(folder))
+    text = json.dumps({**card, "sha256": weights}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def stamp(folder: str) -> str:
     """What changes when the model in a folder is replaced: inode, size and time of its files. Empty when it is gone."""
     try:
@@ -439,7 +451,7 @@ def stamp(folder: str) -> str:
 def served_names(models: Sequence[str]) -> dict[str, str]:
     """Name -> folder for what was asked to be served: NAME=FOLDER, or a folder, called by its last telling part.
 
-    Raises ConfigError for two models of one name, and for names that a path of a URL cannot hold.
+    Raises ConfigError for two models of one name, for names that a path of a URL cannot hold, and for exported models.
     """
     found: dict[str, str] = {}
     for word in models:
@@ -457,6 +469,12 @@ def served_names(models: Sequence[str]) -> dict[str, str]:
             raise ConfigError(f"{word!r} gives a model no name; say NAME=FOLDER.")
         if name in found:
             raise ConfigError(f"Two models are called {name}; name them with NAME=FOLDER.")
+        kind = format_of(folder)
+        if kind is not None:
+            raise ConfigError(
+                f"{folder} is an exported model ({kind}), and those are not served: name the model folder or the run"
+                " folder that it was exported from, or a model that ships. vitrail predict and evaluate open it."
+            )
         found[name] = folder
     if not found:
         raise ConfigError("There is no model to serve: name model folders or run folders.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ from vitrail.explain.page import page
 from vitrail.explain.poster import poster
 from vitrail.explain.trace import Trace
 from vitrail.explain.trace import trace as follow
+from vitrail.explain.words import IN_FLOAT32
 from vitrail.jobs.opening import open_network
 from vitrail.jobs.trace_dense import DenseTrace, trace_dense
 from vitrail.predict import class_names
 from vitrail.runs import TraceRun
 from vitrail.tasks.classify import Classify
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ def trace(run: TraceRun) -> Traced:
     if run.top_k < 1:
         raise ConfigError(f"top_k must be at least 1; got {run.top_k}.")
     image = decode(run.image, name=run.image)
+    logger.info(IN_FLOAT32)
     network, note = open_network(run.model)
     folder = Path(run.output) if run.output else Path("trace") / Path(run.image).stem
     picture, html = folder / "trace.png", folder / "trace.html"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import UInt8
 from torch import Tensor
 
 from vitrail.data.image import decode
+from vitrail.data.transforms import Geometry
+from vitrail.explain.heat import Heat
+from vitrail.explain.overlay import on_picture
+from vitrail.explain.places import Placement
+from vitrail.explain.questions import backbone_maps
 from vitrail.explain.trace import Step
 from vitrail.predict import Predictor
 from vitrail.runs import TraceRun
@@ -38,7 +44,8 @@ class DenseTrace:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         steps = [step.to_dict() for step in self.steps]
-        return {"model": self.model, "note": self.note, "steps": steps, **self.record.to_dict()}
+        record = self.record.to_dict()
+        return {"model": self.model, "note": self.note, "precision": "fp32", "steps": steps, **record}
 
 
 def trace_dense(network: Any, run: TraceRun, note: str) -> tuple[DenseTrace, bytes, str]:
@@ -54,7 +61,8 @@ def trace_dense(network: Any, run: TraceRun, note: str) -> tuple[DenseTrace, byt
         for part_name, part in network.named_children()
     ]
     try:
-        record = predictor.answer([pixels], [size], [name])[0]
+        with backbone_maps(network.backbone) as seen:
+            record = predictor.answer([pixels], [size], [name])[0]
     finally:
         for hook in hooks:
             hook.remove()
@@ -70,8 +78,9 @@ def trace_dense(network: Any, run: TraceRun, note: str) -> tuple[DenseTrace, byt
         Step(name="found", shape=(_count(record),), note=_summary(record)),
     ]
     trace = DenseTrace(model=network.name, note=note, steps=tuple(steps), record=record)
-    seen = picture.permute(1, 2, 0).numpy()
-    figure = as_png(_figure(seen, heard, network, record, predictor.labels, trace))
+    placed = [placement for _, placement in seen]
+    geometry = predictor.preprocess.geometry(*size)
+    figure = as_png(_figure(picture, heard, placed, geometry, network, record, predictor.labels, trace))
     return trace, figure, _page(trace, figure)
 
 
@@ -100,16 +109,27 @@ def _summary(record: Any) -> str:
     return ", ".join(f"{share.label} {share.share:.0%}" for share in record.shares[:5])
 
 
-def _figure(seen: Any, heard: list[Any], network: Any, record: Any, labels: Any, trace: DenseTrace) -> Any:
-    """The picture, how strongly each map of the backbone answers, and what was found."""
+def _figure(
+    picture: UInt8[Tensor, "3 H W"],
+    heard: list[Any],
+    placed: Sequence[Placement],
+    geometry: Geometry,
+    network: Any,
+    record: Any,
+    labels: Any,
+    trace: DenseTrace,
+) -> Any:
+    """The picture, how strongly each map of the backbone answers at each place of it, and what was found."""
+    seen = picture.permute(1, 2, 0).numpy()
     tiles = [titled(seen, "the picture")]
     levels = getattr(network.backbone, "levels", ())
     maps = next((list(_tensors(out)) for part, _, out in heard if part == "backbone"), [])
-    for number, map in enumerate(map for map in maps if map.ndim == 4):
+    maps = [map for map in maps if map.ndim == 4][: len(placed)]  # without the prefix
+    for number, (map, placement) in enumerate(zip(maps, placed, strict=True)):
         stride = f", stride {levels[number].stride}" if number < len(levels) else ""
         rows, columns = map.shape[2:]
         tiles.append(
-            titled(_heat(map[0], seen.shape[:2]), f"map {number + 1}: {rows}×{columns} cells{stride}")
+            titled(_heat(map[0], placement, geometry), f"map {number + 1}: {rows}×{columns} cells{stride}")
         )
     if hasattr(record, "boxes"):
         boxes = [Drawn(box.index, box.corners, box.score) for box in record.boxes]
@@ -123,17 +143,15 @@ def _figure(seen: Any, heard: list[Any], network: Any, record: Any, labels: Any,
     return side_by_side(shelves, f"{trace.model} looks at {trace.steps[0].note.partition(',')[0]}", caption)
 
 
-def _heat(map: Tensor, size: tuple[int, int]) -> Any:
-    """The length of a map's `[C, h, w]` vectors as a picture uint8 `[H, W, 3]`."""
-    from PIL import Image
-
-    length = map.detach().float().cpu().pow(2).mean(dim=0).sqrt().numpy()
+def _heat(map: Tensor, placement: Placement, geometry: Geometry) -> Any:
+    """The length of a map's `[C, h, w]` vectors at each pixel of the picture, uint8 `[H, W, 3]`; black beyond it."""
+    length = map.detach().float().cpu().pow(2).mean(dim=0).sqrt()
+    values = on_picture(Heat(values=length[None], placement=placement, units=""), geometry, smooth=False).numpy()
     low, high = float(length.min()), float(length.max())
-    place = (length - low) / max(high - low, 1e-12) * (len(COLD_TO_WARM) - 1)
+    place = (values - low) / max(high - low, 1e-12) * (len(COLD_TO_WARM) - 1)
     stops = np.arange(len(COLD_TO_WARM))
     colours = np.stack([np.interp(place, stops, COLD_TO_WARM[:, channel]) for channel in range(3)], axis=-1)
-    small = Image.fromarray(colours.round().astype(np.uint8))
-    return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))
+    return np.nan_to_num(colours).round().astype(np.uint8)
 
 
 def _page(trace: DenseTrace, figure: bytes) -> str:

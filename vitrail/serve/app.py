@@ -135,7 +135,7 @@ class Desk:
         query = request.query_params
         wish = Wish(
             method=word(query, "method") or "auto",
-            target=word(query, "class"),
+            target=target(query),
             score=flag(query, "score"),
             options=options(query),
         )
@@ -206,9 +206,11 @@ class Desk:
     ) -> list[tuple[str, bytes]]:
         """Names and bytes of the pictures of a request, those fetched for it among them."""
         fetcher = self.house.fetcher
-        if not fetcher.allowed or body.media_type(headers)[0] != "application/json":
+        if body.media_type(headers)[0] != "application/json" or body.looks_like_picture(data):
             return pictures_in(headers, data)
         urls = urls_in(data)
+        if not fetcher.allowed:
+            raise Refusal("not_fetching")
         ticket.resize(len(urls), len(data))
         most = self.house.run.body_megabytes * 2**20
         found: list[tuple[str, bytes]] = []
@@ -271,13 +273,13 @@ class Desk:
 
 
 def pictures_in(headers: Mapping[str, str], data: bytes) -> list[tuple[str, bytes]]:
-    """Names and bytes of the pictures in a body: the body itself, or the files of a multipart one."""
+    """Names and bytes of the pictures in a body: the body itself, or the files and `image` fields of a multipart one."""
     kind, boundary = body.media_type(headers)
     if kind != "multipart/form-data":
         if not data:
             raise Refusal("no_picture")
         return [("image 0", data)]
-    parts = body.multipart(data, boundary)
+    parts = [part for part in body.multipart(data, boundary) if part.filename or part.field == "image"]
     if not parts:
         raise Refusal("no_picture")
     return [(part.filename or f"image {place}", part.data) for place, part in enumerate(parts)]
@@ -356,6 +358,15 @@ def flag(query: Mapping[str, str], name: str) -> bool:
     return text in ("true", "1")
 
 
+def target(query: Mapping[str, str]) -> str | int | None:
+    """The class that a query asks about: `index`, its number, or `class`, a name first and else a number; or None."""
+    if "index" not in query:
+        return word(query, "class")
+    if "class" in query:
+        raise Refusal("bad_parameter")
+    return number(query, "index", 0, 0, 10**6)
+
+
 def options(query: Mapping[str, str]) -> dict[str, Any]:
     """The options of a method that the query names."""
     found: dict[str, Any] = {}
@@ -388,8 +399,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _http(request: Request, error: Exception) -> Response:
-    status = getattr(error, "status_code", 400)
-    return _Refused(Refusal({404: "no_such_route", 405: "wrong_method"}.get(status, "bad_request")))
+    status, headers = getattr(error, "status_code", 400), getattr(error, "headers", None) or {}
+    methods = set(headers.get("Allow", "").replace(",", " ").split())
+    methods |= {"HEAD"} if "GET" in methods else set()
+    code = {404: "no_such_route", 405: "wrong_method"}.get(status, "bad_request")
+    return _Refused(Refusal(code, allow=", ".join(sorted(methods))))
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import urllib.parse
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
@@ -95,6 +96,9 @@ def multipart(body: bytes, boundary: str) -> list[Part]:
         place = end + 2 + len(mark)
 
 
+PARAMETER = re.compile(r';\s*(name|filename\*?)=(?:"((?:[^"\\]|\\.)*)"|([^\s";]+))')
+
+
 def _disposition(head: bytes) -> tuple[str, str]:
     """The field and the file's name of a part."""
     lines = head.split(b"\r\n")
@@ -104,8 +108,11 @@ def _disposition(head: bytes) -> tuple[str, str]:
         name, _, value = line.partition(b":")
         if name.strip().lower() == b"content-disposition":
             text = value.decode("utf-8", "replace")
-            found = dict(re.findall(r';\s*(name|filename)="((?:[^"\\]|\\.){0,400})"', text))
-            return found.get("name", ""), plain_name(found.get("filename", ""))
+            found = {key: quoted or bare for key, quoted, bare in PARAMETER.findall(text)}
+            named = found.get("filename") or urllib.parse.unquote(
+                found.get("filename*", "").rpartition("'")[2]
+            )
+            return found.get("name", ""), plain_name(named)
     raise Refusal("bad_multipart")
 
 

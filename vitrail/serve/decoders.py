@@ -109,13 +109,14 @@ class Decoders:
             try:
                 process, link = await asyncio.to_thread(self._fork)
                 reader, writer = await asyncio.open_unix_connection(sock=link)
-            except OSError as error:  # no more processes or files for us at the moment
+            except (OSError, EOFError) as error:
+                # No more processes or files for us at the moment. EOFError: the process that forks could not, and ended.
                 if not started.done():
                     started.set_exception(
-                        UserError(f"A decoder cannot be started: {error}. Free memory or processes.")
+                        UserError(f"A decoder cannot be started: {error!r}. Free memory or processes.")
                     )
                     return
-                logger.warning("a decoder cannot be started (%s); it is tried again.", error)
+                logger.warning("a decoder cannot be started (%r); it is tried again.", error)
                 pause = min(SLOWEST_RESTART, 2 * pause + 0.1)
                 await asyncio.sleep(pause)
                 continue

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import http
 import json
 import logging
 import re
@@ -89,15 +90,22 @@ class Gate:
         except Refusal as refusal:
             if refusal.code != "full":
                 return None
-            body = json.dumps(refusal.body()).encode()
-            lines = [*_refused(refusal, body), *HEADERS, (b"x-request-id", _identity(headers).encode())]
+            answer = _written(refusal, _identity(headers))
         route = state["route"]
         self.metrics.requests.labels(route, "503").inc()
         self.metrics.refusals.labels("full").inc()
         self.metrics.seconds.labels(route).observe(time.monotonic() - begun)
         self._many({"refused": "full"})
-        head = b"".join(b"%s: %s\r\n" % line for line in lines)
-        return b"HTTP/1.1 503 Service Unavailable\r\n" + head + b"\r\n" + body
+        return answer
+
+    def turn_down(self, code: str) -> bytes:
+        """The whole answer to bytes that are no request; it is counted, and told in the log, like any other."""
+        refusal, identity = Refusal(code, close=True), uuid.uuid4().hex
+        self.metrics.requests.labels("other", str(refusal.status)).inc()
+        self.metrics.refusals.labels(code).inc()
+        told = {"id": identity, "route": "other", "status": refusal.status, "refused": code}
+        logger.info("no request: %d %s", refusal.status, code, extra={"request": told})
+        return _written(refusal, identity)
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -108,12 +116,21 @@ class Gate:
         state = scope.setdefault("state", {})
         state.update(request_id=identity, begun=time.monotonic(), headers=headers)
         answer = _Answer(send, identity, self.draining)
+        # HEAD is answered as GET; the protocol leaves the body out.
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
+
+        async def heard() -> Message:
+            message = await receive()
+            if state.get("broken"):
+                raise Refusal("bad_request")
+            return message
+
         try:
             self._check(scope["path"], headers)
-            self.early(scope)
-            await self.app(scope, receive, answer.send)
+            self.early(inner)
+            await self.app(inner, heard, answer.send)
         except Refusal as refusal:
-            await refuse(receive, answer.send, refusal, state)
+            await refuse(heard, answer.send, refusal, state)
         except Left:
             answer.left = True
         except asyncio.CancelledError:  # the drain's time is up
@@ -122,9 +139,9 @@ class Gate:
         except Exception:  # a request may fail, the service may not
             logger.exception("request %s failed", identity)
             if not answer.status:
-                await refuse(receive, answer.send, Refusal("failed"), state)
+                await refuse(heard, answer.send, Refusal("failed"), state)
         finally:
-            self._count(scope, state, answer)
+            self._count(scope["method"], inner, state, answer)
 
     def _check(self, path: str, headers: dict[str, str]) -> None:
         """Raise Refusal for callers that may not call: other names (DNS rebinding), other origins, no token."""
@@ -139,7 +156,7 @@ class Gate:
             if not hmac.compare_digest(given.encode(), f"Bearer {self.token}".encode()):
                 raise Refusal("unauthorized", close=True)
 
-    def _count(self, scope: Message, state: dict[str, Any], answer: _Answer) -> None:
+    def _count(self, method: str, scope: Message, state: dict[str, Any], answer: _Answer) -> None:
         route = getattr(scope.get("route"), "path", "") or state.get("route", "other")
         # 499 is what others write for a client that left before its answer.
         status = 499 if answer.left or not answer.complete else answer.status
@@ -154,14 +171,14 @@ class Gate:
             return
         told: dict[str, Any] = {
             "id": state["request_id"],
-            "method": scope["method"],
+            "method": method,
             "route": route,
             "status": status,
             "ms": round(1000 * seconds, 2),
         }
         told.update({name: state[name] for name in LOGGED if name in state})
         message = "%s %s %d in %.1f ms"
-        logger.info(message, scope["method"], route, status, 1000 * seconds, extra={"request": told})
+        logger.info(message, method, route, status, 1000 * seconds, extra={"request": told})
 
     def _many(self, state: dict[str, Any]) -> bool:
         """Whether a request needs no line of its own: under overload, those refused share one a second."""
@@ -211,7 +228,22 @@ def _refused(refusal: Refusal, body: bytes) -> list[tuple[bytes, bytes]]:
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if refusal.retry_after is not None:
         headers.append((b"retry-after", str(refusal.retry_after).encode()))
+    if refusal.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    if refusal.allow:
+        headers.append((b"allow", refusal.allow.encode()))
+    if refusal.close:
+        headers.append((b"connection", b"close"))
     return headers
+
+
+def _written(refusal: Refusal, identity: str) -> bytes:
+    """A refusal as it goes over the wire, for what never becomes a request of the application."""
+    body = json.dumps(refusal.body()).encode()
+    lines = [*_refused(refusal, body), *HEADERS, (b"x-request-id", identity.encode())]
+    head = b"".join(b"%s: %s\r\n" % line for line in lines)
+    phrase = http.HTTPStatus(refusal.status).phrase
+    return f"HTTP/1.1 {refusal.status} {phrase}\r\n".encode() + head + b"\r\n" + body
 
 
 async def refuse(receive: Receive, send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
@@ -220,12 +252,7 @@ async def refuse(receive: Receive, send: Send, refusal: Refusal, state: dict[str
     if refusal.close and refusal.code != "slow_body" and "expect" not in state["headers"]:
         await _discard(receive)
     body = json.dumps(refusal.body()).encode()
-    headers = _refused(refusal, body)
-    if refusal.status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    if refusal.close:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "http.response.start", "status": refusal.status, "headers": _refused(refusal, body)})
     await send({"type": "http.response.body", "body": body})
 
 
@@ -235,7 +262,7 @@ async def _discard(receive: Receive) -> None:
     A connection that is closed while its client still sends is reset, and the answer lost on the way.
     """
     size = 0
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError, Refusal):  # it may turn out to be broken as well
         async with asyncio.timeout(settings.DISCARD_SECONDS):
             while size < settings.MOST_DISCARDED:
                 message = await receive()

@@ -20,6 +20,11 @@ TABLE: dict[str, tuple[int, str]] = {
     "foreign_host": (403, "This service is not called by that name here."),
     "foreign_origin": (403, "Pages of other origins may not call this service."),
     "url_not_allowed": (403, "This service fetches no such URL."),
+    "not_fetching": (
+        403,
+        "This service fetches no pictures by URL: send the picture itself, or have the service started with"
+        " --fetch-from and the host that may be asked.",
+    ),
     "no_such_route": (404, "There is no such route; see /docs."),
     "no_such_model": (404, "There is no model of that name; see /models."),
     "not_offered": (404, "This service does not offer that."),
@@ -36,7 +41,10 @@ TABLE: dict[str, tuple[int, str]] = {
     "undecodable": (422, "The picture is damaged or cut off."),
     "costly": (422, "The picture takes more memory or time to decode than this service gives."),
     "not_fetched": (422, "The picture could not be fetched."),
-    "no_picture": (422, "There is no picture in the request."),
+    "no_picture": (
+        422,
+        "There is no picture in the request; in a form it is a file, or a field called image.",
+    ),
     "cannot_explain": (422, "This model or class cannot be explained in that way; see /models for what can."),
     "header_too_large": (431, "The head of the request is larger than this service takes."),
     "failed": (500, "The service failed; its log says why."),
@@ -52,12 +60,16 @@ TABLE: dict[str, tuple[int, str]] = {
 class Refusal(Exception):
     """One of TABLE, raised anywhere on the way and answered at the door."""
 
-    def __init__(self, code: str, *, retry_after: int | None = None, close: bool = False) -> None:
+    def __init__(
+        self, code: str, *, retry_after: int | None = None, close: bool = False, allow: str = ""
+    ) -> None:
         self.code = code
         self.status, self.text = TABLE[code]
         self.retry_after = max(1, retry_after or 1) if self.status == 503 else None
         self.close = close
         """Whether the connection is of no use afterwards: the rest of the body is not worth reading."""
+        self.allow = allow
+        """The methods that the route takes, where the one that came is none of them."""
         super().__init__(code)
 
     def body(self) -> dict[str, Any]:

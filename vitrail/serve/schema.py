@@ -8,7 +8,8 @@ from vitrail.serve.refusals import TABLE
 
 ABOUT = (
     "Vision Transformers, served as they were saved. Pictures are JPEG, PNG or WebP, as the body itself or as the"
-    " files of a multipart form. Every refusal is JSON with a constant text and a code."
+    " files of a multipart form, whose other fields are passed over. Every refusal is JSON with a constant text and a"
+    " code. HEAD is answered wherever GET is."
 )
 
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
@@ -152,7 +153,13 @@ EXPLAIN = _route(
         MODEL,
         _query("method", "auto, or one of the model's methods.", type="string", maxLength=200),
         _query(
-            "class", "Class by name or number; the predicted one by default.", type="string", maxLength=200
+            "class",
+            "Class by name, or by number where no class has that name; the predicted one by default.",
+            type="string",
+            maxLength=200,
+        ),
+        _query(
+            "index", "Class by number alone, in place of class.", type="integer", minimum=0, maximum=10**6
         ),
         _query("score", "Measure deletion and insertion.", type="boolean", default=False),
         _query("layer", "Layer of attention or gradcam.", type="integer", minimum=-1000, maximum=1000),

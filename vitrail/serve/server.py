@@ -42,13 +42,36 @@ def serve(run: ServeRun, ready: Callable[[str], None] = lambda url: None) -> int
         ConfigError: an address that is taken or not allowed, an unfit token. What opening a model raises.
     """
     service = Service(run)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with _one_log(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(service.run_until_told(ready))
         if service.house is not None and service.house.busy():
             # Python would wait for the thread, however long its batch, explanation or loading still takes.
             logger.warning("leaving while something is still computed that nobody waits for")
             _leave(code)
     return code
+
+
+class _HandOn(logging.Handler):
+    """Gives what other libraries log to the service's own log."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        logger.handle(record)
+
+
+@contextlib.contextmanager
+def _one_log() -> Iterator[None]:
+    """Lines of uvicorn and asyncio, and warnings, go the way of our own, in the same form; bare they would be no JSON."""
+    others = [logging.getLogger(name) for name in ("uvicorn", "asyncio", "py.warnings")]
+    before = [(other.handlers, other.propagate) for other in others]
+    logging.captureWarnings(True)
+    try:
+        for other in others:
+            other.handlers, other.propagate = [_HandOn()], False
+        yield
+    finally:
+        logging.captureWarnings(False)
+        for other, (handlers, propagate) in zip(others, before, strict=True):
+            other.handlers, other.propagate = handlers, propagate
 
 
 class Server(uvicorn.Server):

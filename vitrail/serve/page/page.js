@@ -144,9 +144,9 @@ function showChoices({ model: name, results: [record] }) {
 
 function subject(name, first) {  // what of the picture a model is asked about
   const record = state.found.find((answer) => answer.model === name).results[0], value = $("class").value;
-  if (name === first) return record.detections ? { box: value } : { class: value };
-  const label = about(first).labels[value], known = about(name).labels.includes(label);
-  return !state.found.find((answer) => answer.model === first).results[0].detections && known && (record.predictions || record.classes?.some((one) => one.label === label)) ? { class: label } : {};
+  if (name === first) return record.detections ? { box: value } : { index: value };  // a name may be another class's number
+  const label = about(first).labels[value], index = about(name).labels.indexOf(label);
+  return !state.found.find((answer) => answer.model === first).results[0].detections && index >= 0 && (record.predictions || record.classes?.some((one) => one.label === label)) ? { index } : {};
 }
 
 async function explain(signal, score = false) {
