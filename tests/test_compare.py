@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -117,6 +118,41 @@ def test_trainings_that_differ_do_not_meet_in_one_table(
     with pytest.raises(ConfigError, match=r"holds a comparison with data d \(now e\), epochs None \(now 2\)"):
         compare(dataclasses.replace(run, data=("e",), epochs=2))
     assert len(compare(dataclasses.replace(run, seeds=2)).cells) == 2
+
+
+def test_trainings_on_two_devices_do_not_meet_in_one_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        jobs, "_train", lambda run, folder, name, share, seed, _: cell(name, 0.5, share, seed)
+    )
+    monkeypatch.setattr(jobs, "choose_device", lambda name: "cpu" if name == "auto" else name)
+    run = CompareRun(data=("d",), models=("vit_nano_patch4_32",), part="accuracy", output=str(tmp_path))
+    compare(run)
+    compare(dataclasses.replace(run, device="cpu"))
+    with pytest.raises(ConfigError, match=r"holds a comparison with device cpu \(now cuda:0\)"):
+        compare(dataclasses.replace(run, device="cuda:0"))
+
+
+def test_costs_are_those_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def measured(run: Any) -> SimpleNamespace:
+        asked.append(run.device)
+        best = 10.0 if run.device == "cpu" else 1000.0
+        return SimpleNamespace(
+            device=run.device,
+            speeds=[SimpleNamespace(best=best, memory=1)],
+            cost=SimpleNamespace(multiply_adds=run.img_size[0]),
+        )
+
+    monkeypatch.setattr(jobs, "bench", measured)
+    monkeypatch.setattr(jobs, "choose_device", lambda name: "cpu" if name == "auto" else name)
+    run = CompareRun(cost_models=("pvt_v2_b0",), sizes=(32, 64), part="cost", output=str(tmp_path))
+    for device, seconds in (("auto", 0.1), ("cuda:0", 0.001), ("cpu", 0.1), ("cuda:0", 0.001)):
+        found = compare(dataclasses.replace(run, device=device))
+        assert [price.seconds for price in found.prices] == [seconds, seconds]
+    assert asked == ["cpu", "cpu", "cuda:0", "cuda:0"]
 
 
 def test_an_interrupted_training_is_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,10 +119,6 @@ class Runtime:
         """The sum over processes, number by number."""
         return self._reduce(values, distributed.ReduceOp.SUM)
 
-    def mean(self, values: Sequence[float]) -> list[float]:
-        """The mean over processes, number by number."""
-        return [value / self.world for value in self.sum(values)]
-
     def any(self, flag: bool) -> bool:
         """Whether the flag is up in any process."""
         return self._reduce([float(flag)], distributed.ReduceOp.MAX)[0] > 0
@@ -135,18 +131,6 @@ class Runtime:
             there = values.detach().cpu().clone()
             distributed.all_reduce(there, group=self.control)
         return there.to(values.device)
-
-    def agree(self, text: str) -> list[str]:
-        """A short text of every process, in the order of their ranks."""
-        if self.world == 1:
-            return [text]
-        bytes_ = torch.zeros(4096, dtype=torch.uint8)
-        data = text.encode()[:4096]
-        bytes_[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else bytes_[:0]
-        gathered = [torch.zeros_like(bytes_) for _ in range(self.world)]
-        with self.watch("comparing notes"):
-            distributed.all_gather(gathered, bytes_, group=self.control)
-        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered]
 
     def barrier(self) -> None:
         """Waits for the other processes, the main one may be writing a checkpoint."""
@@ -191,7 +175,7 @@ class Runtime:
             if self.world > 1 and _is_lost_peer(error):
                 raise TrainingError(
                     f"Process {self.rank} of {self.world} lost another process while {doing}: it died, or did"
-                    f" not answer within {int(PATIENCE.total_seconds())} s. Look at that process's log; the"
+                    f" not answer in time. Look at that process's log; the"
                     " same command goes on from the last checkpoint, with any number of processes."
                     f" ({str(error).splitlines()[0][:200]})"
                 ) from error

@@ -127,6 +127,8 @@ def test_pictures_without_labels_and_without_boxes_are_told_apart(tmp_path: Path
         ),
         (coco([image(1, "1.png"), image(1, "2.png")], []), "images with the same id"),
         (coco([image(1, "9.png")], []), "none of its 1 images is there"),
+        (coco(["1.png"], []), "images are objects with id and file_name; got '1.png'"),  # type: ignore[list-item]
+        (coco([{**image(1, "1.png"), "height": "tall"}], []), "height and width of an image are numbers"),
         (coco([image(1, "1.png")], [], ((1, "cat"), (2, "cat"))), "categories with the same name"),
         (coco([image(1, "1.png"), image(2, "2.png")], []), "not one sound box to learn from"),
     ],

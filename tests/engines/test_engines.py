@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,9 @@ from vitrail.engines import choose, hurry, open_engine
 from vitrail.engines.prepare import FOLDER, GRAPH, Shelf
 from vitrail.engines.pytorch import TorchEngine, fill
 from vitrail.errors import ConfigError, WeightsError
+from vitrail.export import openvino
+from vitrail.export.label import KEY
+from vitrail.export.onnx import read_label
 from vitrail.predict import Predictor
 
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
@@ -268,3 +273,85 @@ def test_in_bf16_an_engine_may_differ_within_rounding(
 
     found = choose.check(Fixed(1 - gap), Fixed(1 - gap + moved), Shelf(model))
     assert found.passed is passes, found.failures
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("kept", [0.0, 0.5, 0.98], ids=["empty", "cut in the middle", "without its end"])
+def test_a_damaged_onnx_file_is_told_as_such(ready: Path, tmp_path: Path, engine: str, kept: float) -> None:
+    pytest.importorskip(engine)
+    graph, cut = Shelf(ready).graph(), tmp_path / "cut.onnx"
+    assert graph is not None
+    whole = graph.read_bytes()
+    cut.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(WeightsError, match=r"cut\.onnx"):
+        open_engine(cut, engine)
+
+
+@pytest.mark.parametrize("what", ["no weights", "cut weights", "cut graph", "empty graph"])
+def test_a_damaged_openvino_folder_is_told_as_such(ready: Path, tmp_path: Path, what: str) -> None:
+    pytest.importorskip("openvino")
+    graph = Shelf(ready).graph()
+    assert graph is not None
+    openvino.write_openvino(openvino.from_onnx(graph), tmp_path / "damaged", read_label(graph))
+    xml, weights = (tmp_path / "damaged" / name for name in openvino.FILES)
+    assert open_engine(tmp_path / "damaged").classes == 3
+    if what == "no weights":
+        weights.unlink()
+    else:
+        file = weights if what == "cut weights" else xml
+        file.write_bytes(file.read_bytes()[: 0 if what == "empty graph" else file.stat().st_size // 2])
+    for opened in (open_engine, openvino.read_label):
+        with pytest.raises(WeightsError, match=r"damaged cannot be opened .* Export it again"):
+            opened(tmp_path / "damaged")
+
+
+def card_of(graph: Path, change: Callable[[Any], Any]) -> str:
+    return json.dumps(change(json.loads(read_label(graph).to_text())))
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda view: {**view, "card": [1]}, "card that cannot be read"),
+        (lambda view: [], "card that cannot be read"),
+        (lambda view: {**view, "rows": 8}, "card that cannot be read"),
+        (lambda view: {**view, "rows": {"step": 0}}, "card that cannot be read"),
+        (lambda view: {**view, "card": {**view["card"], "label_names": ["a", "b"]}}, "2 class names for 3 classes"),
+        (lambda view: {**view, "card": other_classes(view["card"])}, "gives 3 logits and its card tells 2 classes"),
+    ],
+    ids=["a list for a card", "a list for all", "a number for sizes", "no step", "fewer names", "another model's card"],
+)  # fmt: skip
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_card_that_is_none_or_another_models_is_told_as_such(
+    ready: Path, tmp_path: Path, engine: str, change: Any, told: str
+) -> None:
+    pytest.importorskip(engine)
+    graph = Shelf(ready).graph()
+    assert graph is not None
+    with pytest.raises(WeightsError, match=told):
+        open_engine(with_text(graph, tmp_path / "m.onnx", card_of(graph, change)), engine)
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_file_without_a_card_is_told_as_such(ready: Path, tmp_path: Path, engine: str) -> None:
+    pytest.importorskip(engine)
+    graph = Shelf(ready).graph()
+    assert graph is not None
+    with pytest.raises(WeightsError, match=r"carries no vitrail card.*vitrail export"):
+        open_engine(with_text(graph, tmp_path / "m.onnx", ""), engine)
+
+
+def other_classes(card: Any) -> Any:
+    own = {**card["vitrail"], "config": {**card["vitrail"]["config"], "num_classes": 2}}
+    return {**card, "label_names": ["a", "b"], "vitrail": own}
+
+
+def with_text(graph: Path, path: Path, text: str) -> Path:
+    """A copy of a graph with another text for a card; without one where it is empty."""
+    onnx: Any = pytest.importorskip("onnx")
+    model = onnx.load(str(graph))
+    del model.metadata_props[:]
+    if text:
+        model.metadata_props.add(key=KEY, value=text)
+    onnx.save(model, str(path))
+    return path

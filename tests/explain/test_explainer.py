@@ -171,3 +171,41 @@ def test_inspect_draws_what_there_is(
         "positions.png",
         "inspect.json",
     }
+
+
+def test_a_picture_that_cannot_be_read_does_not_end_the_others(
+    folder: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torn = tmp_path / "torn.png"
+    torn.write_bytes(photo.read_bytes()[:200])
+    told = ["explain", str(folder), str(torn), str(photo), str(tmp_path / "none.png"), "--no-page"]
+    assert main([*told, "-o", str(tmp_path / "out"), "--format", "json"]) == 1
+    printed = capsys.readouterr()
+    records = json.loads(printed.out)
+    assert [record["error"] is None for record in records] == [False, True, False]
+    assert records[0]["source"] == str(torn) and "torn.png" in records[0]["error"]
+    assert records[0]["explanations"] == records[0]["files"] == []
+    assert all(Path(path).exists() for path in records[1]["files"])
+    assert records[1]["explanations"][0]["precision"] == "fp32"
+    assert "2 of 3 pictures could not be explained" in printed.err
+    assert "Computed in float32: `vitrail predict --precision fp32`" in printed.err
+    assert main([*told, "-o", str(tmp_path / "again")]) == 1
+    assert "error: " in capsys.readouterr().out
+
+
+def test_what_is_explained_is_what_predict_says_in_float32(
+    folder: Path, photo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(folder), str(photo), "--precision", "fp32", "--format", "json"]) == 0
+    said = json.loads(capsys.readouterr().out)[0]
+    assert (
+        main(["explain", str(folder), str(photo), "-o", str(tmp_path), "--format", "json", "--no-page"]) == 0
+    )
+    (found,) = json.loads(capsys.readouterr().out)[0]["explanations"]
+    assert main(["trace", str(folder), str(photo), "-o", str(tmp_path), "--format", "json"]) == 0
+    printed = capsys.readouterr()
+    followed = json.loads(printed.out)
+    assert (found["label"], followed["label"]) == (said["label"], said["label"])
+    assert found["score"] == pytest.approx(said["score"], abs=1e-6)
+    assert followed["score"] == pytest.approx(said["score"], abs=1e-6)
+    assert followed["precision"] == "fp32" and "float32" in printed.err

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from tests.explain.families import FAMILIES, pictures, tiny
+from vitrail.explain import explainer as explainer_module
+from vitrail.explain import trial as trial_module
+from vitrail.explain.explainer import Explainer
 from vitrail.explain.faithfulness import (
     FILLS,
     MAY_BE_CHANCE,
@@ -22,6 +25,8 @@ from vitrail.explain.faithfulness import (
     score_maps,
     standings,
 )
+from vitrail.explain.heat import Heat
+from vitrail.explain.places import Placement
 
 GRID = (4, 4)
 
@@ -164,3 +169,34 @@ def test_removing_tokens_is_running_without_them() -> None:
 def test_tokens_are_removed_only_where_attention_alone_reads_them() -> None:
     can = {family: "removal" in fills_for(tiny(family)) for family in FAMILIES}
     assert can == {family: family in ("vit", "deit", "cait", "performer") for family in FAMILIES}
+
+
+def test_a_token_is_removed_by_its_own_value_and_not_by_its_neighbours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Behind a stem a cell lies over four regions: means would rank three neighbours with it."""
+    values = torch.arange(16.0).view(1, 4, 4)
+    heat = Heat(values=values, placement=Placement(8, 8, -3.5, -3.5), units="")
+    assert torch.equal(heat.ranked((32, 32), (4, 4)), values)
+    assert not torch.equal(heat.regions((32, 32), (4, 4)), values)
+    assert heat.ranked((32, 32), (2, 2)).shape == (1, 2, 2)
+    model = tiny("vit", stem="conv")
+    explainer = Explainer(model)
+    seen: dict[str, torch.Tensor] = {}
+
+    def listening(
+        network: object, image: object, target: int, maps: torch.Tensor, **told: object
+    ) -> list[Score]:
+        seen[str(told["fill"])] = maps[0]
+        return [Score(deletion=0.0, insertion=0.0)] * len(maps)
+
+    for module in (explainer_module, trial_module):
+        monkeypatch.setattr(module, "score_maps", listening)
+    pixels = torch.randint(0, 255, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = explainer(pixels, method="rollout", score=True, pixels=pixels)
+    assert torch.equal(seen["removal"], found.heat.values[0])
+    assert torch.equal(seen["mean"], found.heat.regions((32, 32), (4, 4))[0])
+    seen.clear()
+    trial_module.trial(explainer, [pixels], ["rollout"])
+    assert torch.allclose(seen["removal"], found.heat.values[0])
+    assert not torch.allclose(seen["mean"], seen["removal"])

@@ -9,6 +9,7 @@ import torch
 from tests.explain.families import FAMILIES, pictures, tiny
 from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.capture import stages_of
+from vitrail.explain.explainer import Explainer
 from vitrail.explain.gradients import gradcam, input_gradient, integrated_gradients, scores
 from vitrail.explain.methods import (
     METHODS,
@@ -200,3 +201,28 @@ def test_a_thousand_explanations_leave_memory_as_it_was() -> None:
 
     warm = many(300)
     assert many(1000) - warm <= 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "options", "said"),
+    [
+        (
+            "vit",
+            {"class_token": False, "pool": "mean"},
+            {"token": "nonsense"},
+            "no tokens before the patches",
+        ),
+        ("vit", {}, {"token": "nonsense"}, "before the patches .class, 0.; got 'nonsense'"),
+        ("cait", {}, {"layer": 0, "token": "7"}, "another layer"),
+        ("swin", {}, {"token": "class"}, "no tokens before the patches"),
+        ("senet", {}, {"token": "class"}, "neither heads nor tokens: leave token out"),
+        ("senet", {}, {"head": 1}, "neither heads nor tokens: leave head out"),
+        ("detr", {}, {"layer": 0, "head": 1}, "leave layer and head out"),
+    ],
+)
+def test_attention_refuses_what_it_would_pass_over(
+    family: str, changes: dict[str, Any], options: dict[str, Any], said: str
+) -> None:
+    network = Explainer(tiny(family, **changes)).network
+    with pytest.raises(ConfigError, match=said):
+        heat_of(network, torch.zeros(1, 3, 32, 32), [0], "attention", Options(**options))

@@ -17,12 +17,15 @@ from vitrail.explain.attention import explicit, last_map, slid
 from vitrail.explain.capture import stages_of
 from vitrail.explain.heat import Heat
 from vitrail.explain.overlay import on_picture
-from vitrail.explain.places import PIXELS, Placement, axes, keys_of, sliding
+from vitrail.explain.places import PIXELS, Placement, axes, joined, keys_of, reaches, sliding
+from vitrail.explain.trace import trace
 from vitrail.models import registry
+from vitrail.nn.bit import BitStem, StandardConv, pad_same
 from vitrail.nn.reduction import SpatialReduction
-from vitrail.nn.resnet import FrozenBatchNorm
+from vitrail.nn.resnet import FrozenBatchNorm, Stem
 from vitrail.nn.shapes import Grid
 from vitrail.nn.window import RelativeTable, WindowAttention
+from vitrail.tasks.classify import Classify
 
 STAGED = [family for family in FAMILIES if stages_of(tiny(family))]
 PLAIN = [family for family in FAMILIES if family not in STAGED]
@@ -202,3 +205,47 @@ def test_cells_between_whose_middles_a_place_lies_share_it() -> None:
     assert heat.at(torch.tensor([4.0]), torch.tensor([7.9, 8.1]), smooth=False)[0, 0].tolist() == [0, 4]
     assert Placement(1, 1, 0, 0) == PIXELS
     assert pictures(tiny("vit")).shape[0] == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_holds_the_pixels_that_reach_its_cell_and_no_others(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        nn.functional, "max_pool2d", nn.functional.avg_pool2d
+    )  # a maximum hands on one pixel alone
+    model = tiny(family) if family in STAGED else shaken(tiny(family))
+    pixels = torch.zeros(model.config.in_chans, *model.config.img_size, dtype=torch.uint8)
+    preprocessing = registry.default_card(model.name, model.config).preprocessing
+    story = trace(model, pixels, preprocessing, Classify(["a"] * model.num_classes))
+    stages = stages_of(model)
+    image = torch.rand(1, *pixels.shape).requires_grad_()
+    if stages:
+        map = next(iter(stages.values())).entry(image, None)[0]
+    else:
+        map = next(module for module in model.modules() if isinstance(module, Stem))(image)
+    for row, column in ((0, 0), (map.shape[2] // 2, map.shape[3] // 2)):
+        boxes = support(image, map[:, :, row, column])
+        told = [(part.start, part.stop - 1) for part in story.window(row, column)]
+        assert told == boxes
+
+
+def test_the_hybrids_window_counts_every_convolution_of_the_stem() -> None:
+    stem = BitStem(3, (2, 1))
+    for name, module in list(stem.named_modules()):
+        if isinstance(module, nn.GroupNorm):  # its statistics would let every pixel reach every cell
+            setattr(stem.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], nn.Identity())
+        elif isinstance(module, StandardConv):
+            module.forward = lambda map, own=module: nn.functional.conv2d(
+                pad_same(map, own.kernel_size[0], own.stride[0]), own.weight.abs(), stride=own.stride
+            )
+    image = torch.rand(1, 3, 128, 128).requires_grad_()
+    map = stem(image, None)[0]
+    rows = joined([pair[0] for pair in reaches(stem, (128, 128))])
+    first, last = support(image, map[:, :, 8, 8])[0]
+    assert (rows.after, rows.stride) == (map.shape[2], 8)
+    assert (rows.first(8), rows.first(8) + rows.kernel - 1) == (first, last)
+
+
+def test_the_outermost_cells_go_on_to_the_border() -> None:
+    assert Placement(16, 8, -7.5, 0).edges(Grid(2, 2), (32, 16)) == ([0.0, 8.5, 32.0], [0.0, 8.0, 16.0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,25 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.explain.test_places import shaken, support
 from vitrail.cli.main import main
 from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.attention import mixers_of
+from vitrail.explain.capture import stages_of
 from vitrail.explain.explainer import Explainer
 from vitrail.explain.explorer import explorable, layers
-from vitrail.explain.questions import Asked, BoxQuestion
+from vitrail.explain.places import Placement
+from vitrail.explain.questions import (
+    Asked,
+    BoxQuestion,
+    NothingThere,
+    backbone_maps,
+    question_gradcam,
+    region_question,
+)
+from vitrail.jobs.trace_dense import _heat
 from vitrail.models import registry
+from vitrail.nn.shapes import Grid
 
 DENSE = registry.families("object-detection") + registry.families("image-segmentation")
 
@@ -144,3 +157,114 @@ def test_what_is_not_there_is_refused_with_what_is() -> None:
         explainer(picture(), box=10_000)
     with pytest.raises(ConfigError, match="gives every pixel a class"):
         Explainer(tiny("fpn"))(picture(), box=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [("fcos_nano", {}), ("fcos_nano", {"frozen_norm": True}), ("fcos_pvt_nano", {}), ("setr_pup_nano", {})],
+)
+def test_the_maps_of_a_backbone_lie_over_the_middle_of_what_reaches_them(
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A convolution and its frozen norm are computed at once, and followed all the same."""
+    monkeypatch.setattr(torch.nn.functional, "max_pool2d", torch.nn.functional.avg_pool2d)
+    torch.manual_seed(0)
+    backbone = registry.create_model(name, **changes).eval().backbone
+    stages = stages_of(backbone)
+    shaken(backbone)
+    image = torch.rand(1, 3, 192, 256).requires_grad_()
+    with backbone_maps(backbone) as seen:
+        maps = backbone(image).maps
+    assert [grid for grid, _ in seen] == [Grid(*map.shape[2:]) for map in maps]
+    if stages:
+        maps = entered(stages, image)  # blocks of attention let every pixel reach every cell
+    for map, (_, placement) in zip(maps, seen, strict=False):
+        row, column = map.shape[2] // 2, map.shape[3] // 2
+        for (first, last), number, size, scale, shift in zip(
+            support(image, map[:, :, row, column]), (row, column), (192, 256), placement[:2], placement[2:],
+            strict=True,
+        ):  # fmt: skip
+            if first > 0 and last < size - 1:
+                assert (number + 0.5) * scale + shift == pytest.approx((first + last + 1) / 2, abs=0.51)
+
+
+def entered(stages: dict[str, Any], image: torch.Tensor) -> list[torch.Tensor]:
+    """The maps of stages whose blocks do nothing."""
+    map, prefix, maps = image, None, []
+    for stage in stages.values():
+        map, prefix = stage.entry(map, prefix)
+        maps.append(map)
+    return maps
+
+
+def test_maps_of_all_levels_meet_at_one_place_before_they_are_added() -> None:
+    """A score that hangs on one cell of each level, all over one place: the sum is strongest there."""
+    torch.manual_seed(0)
+    model = registry.create_model("fcos_nano").eval()
+    images = torch.randn(1, 3, 192, 256)
+    with backbone_maps(model.backbone) as seen, torch.no_grad():
+        maps = model.backbone(images).maps
+    cells = [(96 // level.stride, 128 // level.stride) for level in model.levels]  # middles at 96.5, 128.5
+
+    def answer(_images: torch.Tensor) -> torch.Tensor:
+        found = model.backbone(images).maps
+        total = sum(map[0, :, row, column].sum() for map, (row, column) in zip(found, cells, strict=True))
+        return total.view(1, 1)
+
+    asked: Any = torch.nn.Module()
+    asked.network, asked.forward = model, answer
+    heat = question_gradcam(asked, images, [0])
+    assert heat.placement == seen[0][1] and heat.values.shape[1:] == maps[0].shape[2:]
+    ys, xs = heat.placement.middles(seen[0][0])
+    row, column = divmod(int(heat.values[0].argmax()), heat.values.shape[2])
+    assert (float(ys[row]), float(xs[column])) == (96.5, 128.5)
+    values = heat.values[0]
+    assert torch.allclose(
+        values[row - 3 : row], values[row + 1 : row + 4].flip(0), atol=1e-5 * float(values.max())
+    )
+
+
+def test_the_last_map_of_detr_is_laid_where_its_cells_lie() -> None:
+    torch.manual_seed(0)
+    found = Explainer(registry.create_model("detr_nano").eval())(picture(), method="attention")
+    assert found.heat.placement == Placement(16, 16, -7.5, -7.5)
+
+
+def test_a_trace_draws_a_cell_of_each_map_over_its_own_pixels() -> None:
+    from vitrail.data.transforms import Geometry
+
+    map = torch.zeros(4, 3, 3)
+    map[:, 1, 1] = 1
+    drawn = _heat(map, Placement(16, 16, -7.5, -7.5), Geometry((96, 96), (48, 48), 2.0, 2.0, 0.0, 0.0))
+    warm = torch.nonzero(torch.as_tensor(drawn[:, :, 0].astype("int32")) > 200)
+    assert warm.min(0).values.tolist() == [17, 17] and warm.max(0).values.tolist() == [48, 48]
+
+
+def test_a_picture_without_the_class_does_not_end_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny("fpn").save_pretrained(tmp_path / "model")
+    for name in ("one.png", "two.png"):
+        Image.fromarray(picture()).save(tmp_path / name)
+
+    def question(asked: Asked, output: Any, wanted: Any, labels: Any, ask: Any = region_question) -> Any:
+        if next(turns):
+            raise NothingThere("No pixel is called that here.")
+        return ask(asked, output, wanted, labels)
+
+    monkeypatch.setattr("vitrail.explain.explainer.region_question", question)
+    told = [
+        "explain",
+        str(tmp_path / "model"),
+        "--format",
+        "json",
+        "--no-page",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    turns = iter([True, False])
+    assert main([*told, str(tmp_path / "one.png"), str(tmp_path / "two.png")]) == 1
+    first, second = json.loads(capsys.readouterr().out)
+    assert "No pixel" in first["error"] and second["error"] is None
+    turns = iter([True])
+    assert main([*told, str(tmp_path / "one.png")]) == 2  # what was asked of one picture can be mended

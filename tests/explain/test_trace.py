@@ -10,12 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.collections import QuadMesh
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 from PIL import Image
 
 import vitrail
 from vitrail.errors import UnsupportedError
+from vitrail.explain import poster as poster_module
 from vitrail.explain.page import page
+from vitrail.explain.places import Placement
 from vitrail.explain.poster import contrasted, poster
+from vitrail.explain.rollout import rollout
 from vitrail.explain.trace import Trace, trace
 from vitrail.models import registry
 from vitrail.tasks.classify import Classify
@@ -157,8 +164,9 @@ def test_pixels_are_called_the_projections_input_only_where_they_are(stem: str, 
     network = vitrail.create_model("vit_nano_patch4_32", stem=stem).eval()
     pixels = torch.zeros(3, 32, 32, dtype=torch.uint8)
     found = trace(network, pixels, network.card.preprocessing, Classify(["a"] * 10))
-    read = check_page(page(found), found)["words"]["read"]
-    assert ("neighbours" not in read) == alone
+    data = check_page(page(found), found)
+    assert ("projection reads" in data["words"]["read"]) == alone
+    assert (data["patch"] == data["step"] == [4, 4]) == alone
 
 
 def test_the_strength_of_a_block_is_where_its_map_is_large() -> None:
@@ -231,3 +239,72 @@ def test_a_network_without_stages_is_refused_by_name() -> None:
             small().card.preprocessing,
             Classify(["a", "b"]),
         )
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Figures of posters, as they are about to become files."""
+    kept: list[Any] = []
+    monkeypatch.setattr(poster_module, "png_of", lambda figure, metadata: kept.append(figure) or b"")
+    return kept
+
+
+def written(figure: Any) -> str:
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_attention_is_drawn_where_the_cells_behind_a_stem_lie(drawn: list[Any]) -> None:
+    """The middle of a cell is that of the pixels that reach it, on the poster, on the page, and in `explain`."""
+    network = small(stem="conv").eval()
+    found = story(network)
+    poster(found)
+    images = torch.zeros(1, 3, 32, 32)
+    assert found.placement == rollout(network, images).placement == Placement(8, 8, -3.5, -3.5)
+    assert {layer.placement for layer in found.stages[0].layers} == {found.placement}
+    meshes = [mesh for mesh in drawn[0].findobj(QuadMesh) if mesh.get_coordinates().shape == (5, 5, 2)]
+    assert len(meshes) == len(found.stages[0].layers)
+    for mesh in meshes:
+        places = mesh.get_coordinates() + 0.5  # pixels count from their middles
+        assert places[:, 0, 1].tolist() == places[0, :, 0].tolist() == [0, 4.5, 12.5, 20.5, 32]
+    data = check_page(page(found), found)
+    assert data["place"] == data["layers"][0]["place"] == [8, 8, -3.5, -3.5]
+
+
+def test_windows_that_overlap_are_counted_and_marked_as_they_are(drawn: list[Any]) -> None:
+    torch.manual_seed(0)
+    network = vitrail.create_model("pit_nano_32").eval()
+    pixels = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    pixels[:, 30, 31] = 255  # in the last window of each axis alone, which begins at 28
+    found = trace(network, pixels, network.card.preprocessing, Classify(["a"] * 10))
+    assert contrasted(found) == (14, 14)
+    assert found.window(14, 14) == (slice(28, 32), slice(28, 32))
+    poster(found)
+    assert "15 × 15 windows of 4 × 4,\none every 2 pixels" in written(drawn[0])
+    assert "4 · 4 · 3 = 48 numbers" in written(drawn[0])
+    frames = [patch for patch in drawn[0].findobj(Rectangle) if patch.get_linewidth() == 2.2]
+    assert (frames[0].get_xy(), frames[0].get_width()) == ((27.5, 27.5), 4)
+    lines = [line for line in drawn[0].findobj(Line2D) if line.get_color() == "white"]
+    assert len(lines) == 2 * 16
+    data = check_page(page(found), found)
+    assert (data["patch"], data["step"], data["corner"]) == ([4, 4], [2, 2], [0, 0])
+
+
+def test_windows_that_hang_over_are_flattened_only_where_there_are_no_others(drawn: list[Any]) -> None:
+    network = small(stem="conv").eval()  # windows of 15, which begin 7 pixels above and left of the image
+    pixels = torch.full((3, 32, 32), 128, dtype=torch.uint8)
+    pixels[:, 0, 0] = 255
+    pixels[:, 20, 12] = 200
+    found = trace(network, pixels, network.card.preprocessing, Classify(["a"] * 7))
+    assert contrasted(found) in ((2, 1), (2, 2), (3, 1), (3, 2))
+    alone = story(small(stem="conv", img_size=8).eval())
+    assert alone.window(*contrasted(alone)) == (slice(0, 8), slice(0, 8))
+    poster(alone)
+    assert "15 · 15 · 3 = 675 numbers, 483 of them beyond the border" in written(drawn[0])
+
+
+def test_no_note_is_cut_off(drawn: list[Any]) -> None:
+    found = story(vitrail.create_model("pit_nano_32"))
+    poster(found)
+    text = written(drawn[0]).replace("\n", " ")
+    for step in found.steps:
+        assert step.note in text

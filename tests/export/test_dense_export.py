@@ -19,7 +19,9 @@ from vitrail.engines import open_engine
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, ProofError
 from vitrail.export import wrap
+from vitrail.export.label import Sizes
 from vitrail.export.parity_dense import Bounds, prove_dense
+from vitrail.export.program import capture
 from vitrail.export.wrap import Deployed, answer_of
 from vitrail.jobs.export import export
 from vitrail.jobs.predict import predict
@@ -152,6 +154,19 @@ def test_the_proof_of_boxes_asks_for_class_place_and_score() -> None:
     assert judged(boxes=output.boxes + 0.05).agreement < 0.5
     assert judged(logits=output.logits.roll(1, dims=-1)).agreement < 0.5
     assert not judged(logits=output.logits - 1).passed
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("setr_pup_nano", Sizes(16, 8)), ("fcos_nano", Sizes(33, 1, 64)), ("trans2seg_nano", None)],
+)
+def test_free_sizes_are_those_that_the_graph_was_traced_for(name: str, rows: Sizes | None) -> None:
+    """The networks take more, by other ways: they fill pictures up, or skip a level of one cell."""
+    program = capture(Deployed(tiny(name)))
+    assert program.free_size is (rows is not None)
+    if rows is not None:
+        assert program.rows == program.columns == rows
 
 
 def test_what_is_for_classes_alone_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from export.worlds import LABELS, colour_model, pictures, untyped
 from vitrail.engines import open_engine
 from vitrail.engines.artefact import format_of
 from vitrail.engines.pytorch import TorchEngine
-from vitrail.errors import ConfigError, ProofError
-from vitrail.export import wrap
-from vitrail.export.onnx import read_label
+from vitrail.errors import ConfigError, ModelError, ProofError, WeightsError
+from vitrail.export import openvino, triton, wrap
+from vitrail.export.label import Sizes
+from vitrail.export.onnx import description, read_label
+from vitrail.export.program import Program
 from vitrail.jobs.evaluate import evaluate
 from vitrail.jobs.export import Exported, Pictures, export
 from vitrail.jobs.export_dense import DensePictures
@@ -32,6 +35,16 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp("data") / "colours")
+
+
+@pytest.fixture
+def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export that begins to work fails."""
+
+    def began(*_: Any, **__: Any) -> None:
+        raise AssertionError("work began")
+
+    monkeypatch.setattr("vitrail.jobs.export.TorchEngine", began)
 
 
 def exported(model: Path, data: Path, format: Any, output: Path, **more: Any) -> Exported:
@@ -147,19 +160,159 @@ def test_nothing_but_an_older_export_is_replaced(model: Path, tmp_path: Path) ->
     assert sorted(path.name for path in model.iterdir()) == before and not list(tmp_path.iterdir())
 
 
+def older_export(folder: Path, format: str, onnx: Exported) -> None:
+    """The ONNX file of these tests as a folder of another format, without another export."""
+    pytest.importorskip("openvino")
+    if format == "openvino":
+        openvino.write_openvino(openvino.from_onnx(onnx.artefact), folder, onnx.label)
+    else:
+        triton.write_triton(onnx.artefact, folder, onnx.label)
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("format", ["openvino", "triton"])
+def test_a_folder_that_holds_more_than_an_export_is_not_replaced(
+    format: Any, onnx: Exported, model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "user"
+    older_export(folder, format, onnx)
+    run = ExportRun(model=str(model), format=format, output=str(folder))
+    with pytest.raises(AssertionError, match="work began"):
+        export(run)
+    (folder / "notes.txt").write_text("mine")
+    for place in ("sub", "2") if format == "openvino" else ("sub", "2", "1/other"):
+        (folder / place).mkdir()
+        (folder / place / "model.onnx").write_text("mine")
+    before = everything(folder)
+    named = r"2/, notes\.txt, sub/" if format == "openvino" else r"1/other/, 2/, notes\.txt, sub/"
+    with pytest.raises(ConfigError, match=f"holds more than an export.*: {named} would go") as caught:
+        export(run)
+    assert caught.value.exit_code == 2 and everything(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["user"]
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize(
+    ("format", "files"),
+    [
+        ("openvino", {"model.xml": "<net/>", "model.bin": ""}),
+        ("triton", {"config.pbtxt": "", "1/model.onnx": ""}),
+        ("triton", {"config.pbtxt": "", "1/model.onnx": "", "vitrail.json": "[]"}),
+    ],
+)
+def test_a_folder_without_our_card_is_not_replaced(
+    format: Any, files: dict[str, str], model: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("openvino")
+    folder = tmp_path / "theirs"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    before = everything(folder)
+    with pytest.raises(ConfigError, match="is no export of vitrail that can be read"):
+        export(ExportRun(model=str(model), format=format, output=str(folder)))
+    assert everything(folder) == before
+
+
+@pytest.mark.usefixtures("no_work")
+@pytest.mark.parametrize("format", ["openvino", "triton"])
+@pytest.mark.parametrize("name", ["model.xml", "new.onnx", "new.pt2", "there"])
+def test_a_folder_format_asks_for_a_folder_before_any_work(
+    format: Any, name: str, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model.xml").write_text("theirs")
+    (tmp_path / "there").write_text("theirs")
+    before = everything(tmp_path)
+    with pytest.raises(ConfigError, match=f"name a folder, such as --output .*-{format}"):
+        export(ExportRun(model=str(model), format=format, output=str(tmp_path / name)))
+    assert everything(tmp_path) == before
+
+
+def test_sizes_that_the_network_refuses_are_refused_by_the_file_too(onnx: Exported, model: Path) -> None:
+    assert onnx.label.rows == onnx.label.columns == Sizes(least=16, step=8)
+    assert onnx.to_dict()["rows"] == {"least": 16, "step": 8, "most": None}
+    network, engine = TorchEngine(model, precision="fp32"), open_engine(onnx.artefact)
+    for size in ((17, 16), (16, 20), (4, 8), (1, 1)):
+        images = torch.zeros(1, 3, *size, dtype=torch.uint8)
+        with pytest.raises(ModelError):
+            network(images)
+        with pytest.raises(
+            ConfigError, match=f"height of 16 or more in steps of 8 .*; got {size[0]}×{size[1]}"
+        ):
+            engine(images)
+    assert engine(torch.zeros(1, 3, 16, 24, dtype=torch.uint8)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words", "taken"),
+    [
+        (Sizes(), "1 or more", [1, 2, 3, 4, 5, 6, 7]),
+        (Sizes(2, 2, 6), "2 to 6 in steps of 2", [2, 4, 6]),
+        (Sizes(5, 1, 5), "5", [5]),
+    ],
+)
+def test_sizes_say_what_they_take(sizes: Sizes, words: str, taken: list[int]) -> None:
+    assert str(sizes) == words and [pixels for pixels in range(8) if sizes.take(pixels)] == taken
+
+
+def test_the_file_describes_itself(onnx: Exported) -> None:
+    session: Any = pytest.importorskip("onnxruntime").InferenceSession(str(onnx.artefact))
+    assert session.get_modelmeta().description.startswith(
+        "Takes images: uint8 0..255, RGB, [N, 3, h, w], h 16 or more in steps of 8, w 16 or more in steps of 8 pixels"
+        " (the model's own: 16 x 16); normalisation is inside, resizing is not. Gives logits, probabilities."
+    )
+    shape = {"exported": None, "example": (), "inputs": ("images", "padding"), "outputs": ("logits", "boxes")}
+    grey = dataclasses.replace(
+        onnx.label.card.preprocessing, in_chans=1, mean=(0.5,), std=(0.5,), input_size=(32, 48)
+    )
+    label = dataclasses.replace(onnx.label, card=dataclasses.replace(onnx.label.card, preprocessing=grey))
+    assert (
+        "one channel, [N, 1, h, w], 32 x 48 pixels, and padding: bool [N, h, w], true where there is no"
+        " picture; normalisation is inside, resizing is not. Gives logits, boxes."
+    ) in description(Program(free_size=False, **shape), label)
+
+
+def test_what_the_file_reached_stands_with_the_number_of_pictures(onnx: Exported) -> None:
+    scores = read_label(onnx.artefact).card.scores
+    assert scores["exported_acc1"] == 1 and scores["exported_images"] == 12
+
+
+def test_a_model_with_fewer_names_than_classes_is_refused_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    config = json.loads((copy / "config.json").read_text())
+    del config["label_names"][2], config["id2label"]["2"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match="2 class names for 3 classes"):
+        export(ExportRun(model=str(copy), output=str(tmp_path / "out" / "m.onnx")))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
-def test_an_openvino_folder_and_a_triton_repository(model: Path, data: Path, tmp_path: Path) -> None:
+def test_an_openvino_folder_and_a_triton_repository(
+    onnx: Exported, model: Path, data: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("openvino")
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     wanted = TorchEngine(model, precision="fp32")(images)
     for format in ("openvino", "triton"):
+        older_export(tmp_path / format, format, onnx)  # which is replaced
         found = exported(model, data, format, tmp_path / format)
+        assert any("INFERENCE_PRECISION_HINT" in note for note in found.notes) is (format == "openvino")
         assert format_of(found.artefact) == format
         engine = open_engine(found.artefact)
         assert engine.card.labels == LABELS
         assert (engine(images) - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     config = (tmp_path / "triton" / "config.pbtxt").read_text()
-    assert 'name: "triton"' in config and "TYPE_UINT8" in config and "dynamic_batching" in config
+    assert "TYPE_UINT8" in config and "dynamic_batching" in config
+    assert not config.startswith("name:")  # Triton takes the folder's, which may be renamed
+    label = read_label(tmp_path / "triton" / "1" / "model.onnx")
+    assert label.card.scores["exported_acc1"] == 1 and label.card.scores["exported_images"] == 12
     assert (tmp_path / "triton" / "labels.txt").read_text().split() == list(LABELS)
 
 

@@ -45,9 +45,15 @@ def test_a_family_answers_the_same_in_onnx_runtime_and_openvino(family: str, tmp
     program = capture(deployed)
     assert program.free_size is (family not in FIXED)
     path = tmp_path / "model.onnx"
-    write_onnx(program, path, Label(card=model.card, free_size=program.free_size))
+    write_onnx(
+        program,
+        path,
+        Label(card=model.card, free_size=program.free_size, rows=program.rows, columns=program.columns),
+    )
     rows, columns = model.config.img_size
-    sizes = [(rows, columns), (2 * rows, columns)] if program.free_size else [(rows, columns)]
+    sizes = [(rows, columns)]
+    if program.free_size:
+        sizes += [(2 * rows, columns), (program.rows.least, program.columns.least)]
     engines = [OnnxEngine(path), OpenVinoEngine(path)]
     for batch in (1, 3):
         for size in sizes:

@@ -118,7 +118,7 @@ def test_the_authors_blobs_are_read_and_belong_to_what_their_code_computes() -> 
 
 def test_a_folder_tells_what_its_tensors_compute(tmp_path: Path) -> None:
     registry.from_config("nonlocal_resnet50_1", tiny(form="dot")).save_pretrained(tmp_path / "model")
-    with pytest.raises(WeightsError, match="form='dot' and the model has form='embedded'"):
+    with pytest.raises(WeightsError, match=r"form='dot'.* has form='embedded'"):
         create_model("nonlocal_resnet50_1", tmp_path / "model", **vars(tiny()))
     loaded = registry.from_pretrained(tmp_path / "model")
     assert loaded.config.form == "dot" and loaded.config.places == ((), (0,))

@@ -126,7 +126,7 @@ def test_a_caffe_file_is_refused_by_a_network_that_strides_elsewhere_and_the_oth
 
 def test_a_folder_tells_what_its_tensors_compute(tmp_path: Path) -> None:
     registry.from_config("seresnet50", tiny(**CAFFE)).save_pretrained(tmp_path / "model")
-    with pytest.raises(WeightsError, match="pool='ceil' and the model has pool='pad'"):
+    with pytest.raises(WeightsError, match="pool='ceil', stride_in='first' and seresnet50 has pool='pad'"):
         create_model("seresnet50", tmp_path / "model", **vars(tiny()))
     create_model("seresnet50", tmp_path / "model", **vars(tiny(**CAFFE)))
 

@@ -254,10 +254,12 @@ def test_fresh_blocks_of_v2_are_the_identity_and_the_temperature_is_ten() -> Non
     assert torch.allclose(stage.blocks[0].mixer.logit_scale.exp(), torch.tensor(10.0))
 
 
-def test_decay_leaves_relative_biases_alone() -> None:
+def test_decay_leaves_relative_biases_and_temperatures_alone() -> None:
     for version, expected in ((1, "relative_bias.table"), (2, "relative_bias.fc2.weight")):
         model = registry.from_config("swin_tiny_patch4_window7_224", small(version))
         assert f"backbone.stages.0.blocks.0.mixer.{expected}" in model.no_weight_decay()
+        scales = {name for name, _ in model.named_parameters() if name.endswith("logit_scale")}
+        assert scales <= model.no_weight_decay() and bool(scales) == (version == 2)
         assert not any("qkv" in name for name in model.no_weight_decay())
 
 

@@ -103,7 +103,9 @@ async def _wrapped(function: Any, *arguments: Any) -> Any:
 @contextmanager
 def running(*models: str, ends: int = 0, **changes: Any) -> Iterator[Running]:
     """A service over model folders; drained and ended afterwards, with the code `ends`."""
-    run = ServeRun(models=models, **{"port": 0, "decoders": 1, "watch": 0.05, "device": "cpu", **changes})
+    # On a busy machine `auto` would find it worth its while to measure engines, for minutes.
+    usual = {"port": 0, "decoders": 1, "watch": 0.05, "device": "cpu", "engine": "torch"}
+    run = ServeRun(models=models, **{**usual, **changes})
     service = Service(run)
     ready = threading.Event()
     ended: list[Any] = []

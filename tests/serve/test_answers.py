@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms
 
-from tests.serve.service import LABELS, Running, picture
+from tests.serve.service import LABELS, Running, picture, running, save_model
 from vitrail.jobs.serve import _end_alone
 from vitrail.predict import Predictor
 
@@ -140,6 +140,49 @@ def test_a_form_holds_several_pictures_and_a_bad_one_spoils_only_itself(
     assert [record.get("code") for record in found] == [None, "undecodable", None, "wrong_format"]
     assert found[0]["predictions"] == alone(offline[1], pictures[0])
     assert found[2]["predictions"] == alone(offline[1], pictures[2])
+
+
+def test_other_fields_of_a_form_are_no_pictures(service: Running) -> None:
+    """What `curl -F note=hello -F image=@x.png` sends, and a field with a file's bytes but no file's name."""
+    data = picture(1)
+    parts = (b'name="note"', b"hello"), (b'name="image"; filename="x.png"', data), (b'name="image"', data)
+    parts += ((b"name=f; filename*=UTF-8''%C3%A9.png", data),)  # type: ignore[assignment]
+    body = b"".join(
+        b"--sill\r\nContent-Disposition: form-data; " + names + b"\r\n\r\n" + value + b"\r\n"
+        for names, value in parts
+    )
+    answer = service.predict(body + b"--sill--\r\n", content_type="multipart/form-data; boundary=sill")
+    assert [record["source"] for record in answer.json["results"]] == ["x.png", "image 1", "\u00e9.png"]
+    assert [record["error"] for record in answer.json["results"]] == [None] * 3
+
+
+def test_what_is_asked_for_with_head_is_answered_as_with_get_but_for_the_body(service: Running) -> None:
+    for path in ("/", "/health/live", "/health/ready", "/page/page.js", "/docs", "/models", "/openapi.json"):
+        got, head = service.ask("GET", path), service.ask("HEAD", path)
+        assert (head.status, head.body) == (200, b"") and got.body
+        for name in ("content-type", "content-length", "content-security-policy"):
+            assert head.headers[name] == got.headers[name], (path, name)
+    assert service.ask("HEAD", "/nothing").status == 404
+
+
+def test_classes_whose_names_are_numbers_are_explained_by_number_or_name(tmp_path: Path) -> None:
+    """The page asks by `index`: `class=2` is the class called 2, which may be another one."""
+    folder = save_model(tmp_path / "model", num_classes=4)
+    told = json.loads((folder / "config.json").read_text())
+    told["label_names"] = ["1", "2", "3", "4"]
+    (folder / "config.json").write_text(json.dumps(told))
+    data = picture(3)
+    with running(str(folder), page=False) as service:
+
+        def asked(query: str) -> tuple[str, int]:
+            found = service.ask("POST", f"/explain?{query}", data).json
+            return found["label"], found["index"]
+
+        for guess in service.predict(data).json["results"][0]["predictions"]:
+            assert asked(f"index={guess['index']}") == (guess["label"], guess["index"])
+            assert asked(f"class={guess['label']}") == (guess["label"], guess["index"])
+        assert asked("class=2") == ("2", 1) and asked("index=2") == ("3", 2)
+        assert asked("class=0") == ("1", 0)  # no class is called so
 
 
 def test_models_are_told_without_paths(service: Running, folders: tuple[Path, Path]) -> None:

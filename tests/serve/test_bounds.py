@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
@@ -10,6 +11,7 @@ import socket
 import struct
 import time
 import zlib
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,10 @@ from PIL import Image
 
 from tests.serve.service import Answer, Running, picture, running
 from vitrail.errors import ConfigError
+from vitrail.jobs.serve import served_names
 from vitrail.runs import ServeRun
-from vitrail.serve.refusals import TABLE
+from vitrail.serve import body
+from vitrail.serve.refusals import TABLE, Refusal
 from vitrail.serve.server import Service
 
 INSIDE = re.compile(r"0x[0-9a-f]{6}|/[a-z]+/|Traceback|Error|\.py|PIL|torch", re.IGNORECASE)
@@ -180,6 +184,24 @@ def test_bodies_are_bounded_however_they_come(service: Running) -> None:
     assert tiny.splitlines()[0].split()[1] in (b"400", b"413", b"415")
 
 
+def test_a_large_body_may_come_in_the_pieces_of_a_network() -> None:
+    whole, piece = 30 * 2**20, 1448  # what one Ethernet frame carries of it
+
+    def pieces(size: int) -> Any:
+        starts = iter(range(0, whole, size))
+
+        async def receive() -> MutableMapping[str, Any]:
+            start = next(starts)
+            data = bytes(min(size, whole - start))
+            return {"type": "http.request", "body": data, "more_body": start + size < whole}
+
+        return receive
+
+    assert len(asyncio.run(body.read(pieces(piece), 32 * 2**20, whole))) == whole
+    with pytest.raises(Refusal, match="bad_request"):
+        asyncio.run(body.read(pieces(100), 32 * 2**20, whole))
+
+
 def test_heads_are_bounded(service: Running) -> None:
     head = b"GET /models HTTP/1.1\r\nHost: localhost\r\n"
     for flood in (b"".join(b"a%d: b\r\n" % i for i in range(10_000)), b"a: " + b"b" * 100_000 + b"\r\n"):
@@ -199,6 +221,7 @@ def test_multipart_is_bounded(service: Running) -> None:
     refused(service.predict(b"--y", **kind), 400, "bad_multipart")
     refused(service.predict(part, content_type="multipart/form-data"), 400, "bad_multipart")
     refused(service.predict(b"--x--", **kind), 422, "no_picture")
+    refused(service.predict(part + b"--x--", **kind), 422, "no_picture")  # a field that is no picture
 
 
 def test_tensors_are_checked_before_they_are_made(service: Running) -> None:
@@ -240,7 +263,20 @@ def test_parameters_routes_and_methods(service: Running) -> None:
     refused(service.ask("GET", "/nothing"), 404, "no_such_route")
     refused(service.ask("GET", "/page/../app.py"), 404, "no_such_route")
     refused(service.ask("GET", "/page/..%2f..%2fapp.py"), 404, "no_such_route")
-    refused(service.ask("GET", "/predict"), 405, "wrong_method")
+    for method, path, allowed in (
+        ("GET", "/predict", "POST"),
+        ("HEAD", "/predict", "POST"),
+        ("POST", "/models", "GET, HEAD"),
+        ("DELETE", "/", "GET, HEAD"),
+        ("OPTIONS", "/openapi.json", "GET, HEAD"),
+    ):
+        answer = service.ask(method, path)
+        assert (answer.status, answer.headers["allow"]) == (405, allowed), path
+        if method != "HEAD":
+            refused(answer, 405, "wrong_method")
+    for query in ("index=-1", "index=x", "index=1&class=1"):
+        refused(service.ask("POST", f"/explain?{query}", data), 400, "bad_parameter")
+    refused(service.ask("POST", "/explain?index=5", data), 422, "cannot_explain")
     for query in ("method=nothing", "class=whale", "head=1&method=gradcam"):
         refused(service.ask("POST", f"/explain?{query}", data), 422, "cannot_explain")
     refused(service.ask("POST", "/explain?score=perhaps", data), 400, "bad_parameter")
@@ -271,6 +307,16 @@ def test_a_token_is_asked_of_everything_that_tells_something(
         assert service.predict(picture(), authorization=f"Bearer {token}").status == 200
         for path in ("/", "/health/live", "/health/ready", "/page/page.js", "/docs"):
             assert service.ask("GET", path).status == 200
+
+
+def test_exported_files_are_refused_before_anything_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "graph").mkdir()
+    for name in ("a.onnx", "a.pt2", "graph/model.xml"):
+        (tmp_path / name).write_bytes(b"")
+    for word in ("a.onnx", "a.pt2", "graph"):
+        for prefix in ("", "it="):
+            with pytest.raises(ConfigError, match="not served: name the model folder"):
+                served_names([f"{prefix}{tmp_path / word}"])
 
 
 def test_other_machines_are_served_with_a_token_only(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -133,6 +133,28 @@ def test_methods_and_classes_are_switched_and_scored(browser: Any, service: Runn
     page.close()
 
 
+def test_a_class_whose_name_is_another_ones_number_is_explained(
+    browser: Any, service: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for place in service.house.places.values():
+        monkeypatch.setattr(place.version.served, "labels", ("1", "2", "3", "4", "5"))
+        monkeypatch.setattr(place.version.served.explainer(), "labels", ["1", "2", "3", "4", "5"])
+    page = Page(browser, service)
+    page.page.select_option("#beside", "second")
+    page.show(picture(2, (64, 64)))
+    for index in (2, 1, 3):
+        with page.page.expect_response(
+            lambda answer: "/explain" in answer.url and "second" in answer.url
+        ) as beside:
+            with page.page.expect_response(
+                lambda answer: "/explain" in answer.url and "first" in answer.url
+            ) as first:
+                page.page.select_option("#class", str(index))
+        for answer in (first.value, beside.value):
+            assert answer.json()["index"] == index
+    page.close()
+
+
 def test_two_models_stand_side_by_side(browser: Any, service: Running) -> None:
     page = Page(browser, service)
     page.page.select_option("#beside", "second")

@@ -93,8 +93,13 @@ def ask(service: Running, *urls: Any) -> Any:
 
 def test_no_url_is_fetched_by_default(service: Running, canary: Canary) -> None:
     answer = ask(service, f"http://127.0.0.1:{canary.port}/a.png")
-    assert (answer.status, answer.json["code"]) == (415, "wrong_format")
+    assert (answer.status, answer.json["code"]) == (403, "not_fetching")
+    assert "--fetch-from" in answer.json["error"]
     assert canary.said == []
+    assert service.predict(b"{}", content_type="application/json").json["code"] == "bad_json"
+    assert (
+        service.predict(picture(), content_type="application/json").status == 200
+    )  # a picture is known by itself
 
 
 def test_only_the_hosts_on_the_list_are_reached(canary: Canary, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import json
 import logging
@@ -24,10 +25,13 @@ from export.worlds import untyped
 
 from tests.serve.service import Running, picture, running, save_model
 from vitrail.engines import choose
+from vitrail.errors import UserError
+from vitrail.jobs.decoder import Bounds
 from vitrail.jobs.serve import Seen, Warmth
 from vitrail.predict import Predictor
 from vitrail.serve.admission import Admission
 from vitrail.serve.batcher import Batcher, Engine
+from vitrail.serve.decoders import Decoders
 from vitrail.serve.refusals import Refusal
 
 
@@ -323,6 +327,22 @@ def test_a_changed_folder_is_taken_over_and_a_corrupt_one_is_not(tmp_path: Path)
         assert second["version"] != first["version"] and second["results"] != first["results"]
 
 
+def test_other_class_names_are_another_version(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model", 0)
+    with running(f"it={folder}") as service:
+        first = service.predict(picture())
+        config = json.loads((folder / "config.json").read_text())
+        config["label_names"] = ["gnu", *config["label_names"][1:]]
+        (folder / ".config.json").write_text(json.dumps(config))
+        os.replace(folder / ".config.json", folder / "config.json")
+        until(lambda: service.count("swaps_total", model="it", outcome="taken") == 1)
+        second = service.predict(picture())
+        assert service.ask("GET", "/models").json["models"][0]["labels"][0] == "gnu"
+        assert first.headers["x-model-version"] == first.json["version"] != second.json["version"]
+    with running(f"it={folder}") as service:  # the same state is the same version
+        assert service.predict(picture()).json["version"] == second.json["version"]
+
+
 def test_the_quickest_engine_is_found_at_the_start_and_kept_in_a_swap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +361,7 @@ def test_the_quickest_engine_is_found_at_the_start_and_kept_in_a_swap(
         offline.top_k = len(found)
         assert found == [guess.__dict__ for guess in offline([picture()])[0].top]
 
-    with untyped(), running(f"it={folder}", precision="fp32") as service:
+    with untyped(), running(f"it={folder}", engine="auto", precision="fp32") as service:
         check(service)
         assert Predictor(folder, precision="fp32", device="cpu").engine.name == "openvino"  # it is remembered
         for name in ("model.safetensors", "config.json"):
@@ -349,6 +369,66 @@ def test_the_quickest_engine_is_found_at_the_start_and_kept_in_a_swap(
             os.replace(folder / f".{name}", folder / name)
         until(lambda: service.count("swaps_total", model="it", outcome="taken") == 1)
         check(service)
+
+
+def test_a_model_that_never_answers_turns_liveness_red(
+    small: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = held(small)
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(small.predict, picture())
+        until(lambda: small.house.engine.busy())
+        assert small.ask("GET", "/health/live").status == 200
+        monkeypatch.setattr("vitrail.serve.house.STUCK_SECONDS", 0.05)
+        until(lambda: small.ask("GET", "/health/live").status == 503)
+        assert small.ask("GET", "/v2/health/live").json["code"] == "not_ready"
+        free.set()
+        assert asked.result().status == 200
+    until(lambda: small.ask("GET", "/health/live").status == 200)
+
+
+NO_FORKS = [BlockingIOError(errno.EAGAIN, "no more processes"), EOFError("unexpected EOF")]
+
+
+@pytest.mark.parametrize("trouble", NO_FORKS, ids=["no process", "no forker"])
+def test_a_decoder_that_cannot_be_started_is_told_at_the_start(
+    monkeypatch: pytest.MonkeyPatch, trouble: Exception
+) -> None:
+    def fork(self: Decoders) -> Any:
+        raise trouble
+
+    monkeypatch.setattr(Decoders, "_fork", fork)
+
+    async def go() -> None:
+        pool = Decoders(2, Bounds(), lambda stage, value: None)
+        with pytest.raises(UserError, match="decoder cannot be started"):
+            async with asyncio.timeout(10):
+                await pool.start()
+        await pool.close()
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("trouble", NO_FORKS, ids=["no process", "no forker"])
+def test_a_decoder_that_cannot_be_replaced_is_tried_again(
+    small: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: Exception
+) -> None:
+    tries: list[int] = []
+    fork = Decoders._fork
+
+    def at_times(self: Decoders) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise trouble
+        return fork(self)
+
+    monkeypatch.setattr(Decoders, "_fork", at_times)
+    processes = small.house.decoders.processes
+    until(lambda: len(processes) == 2)
+    os.kill(processes[0], signal.SIGKILL)
+    until(lambda: len(tries) == 3 and len(processes) == 2)
+    assert [small.predict(picture(seed)).status for seed in range(4)] == [200] * 4
+    assert sum("tried again" in record.getMessage() for record in caplog.records) == 2
 
 
 def test_a_stop_answers_what_was_let_in_and_refuses_the_rest(folders: tuple[Path, Path]) -> None:

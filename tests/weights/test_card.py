@@ -91,6 +91,42 @@ def test_transformers_preprocessing_is_read(preprocessor: dict[str, Any], want: 
     assert card.labels == ("a", "b") and card.architecture == ""
 
 
+@pytest.mark.parametrize(
+    "size",
+    [
+        {"size": {"shortest_edge": 800, "longest_edge": 1333}},
+        {"size": 800, "max_size": 1333},
+        {"size": {"shortest_edge": 800}, "max_size": 1333},
+    ],
+)
+def test_a_detectors_resizing_is_read_as_it_is_published(size: dict[str, Any]) -> None:
+    preprocessor = {"do_resize": True, "do_normalize": True, "resample": 2, "image_mean": [0.485, 0.456, 0.406],
+                    "image_std": [0.229, 0.224, 0.225], "format": "coco_detection"} | size  # fmt: skip
+    wanted = Preprocessing(
+        input_size=(800, 1333), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), interpolation="bilinear",
+        crop_pct=1.0, crop_mode="fit",
+    )  # fmt: skip
+    assert Card.from_json({"model_type": "detr"}, preprocessor).preprocessing == wanted
+    written = Card(architecture="detr_resnet50", preprocessing=wanted)
+    assert Card.from_json({"model_type": "detr"}, written.preprocessor_json()).preprocessing == wanted
+
+
+def test_a_folder_without_preprocessing_is_known_to_lack_it() -> None:
+    foreign = {"model_type": "deit", "image_size": 224, "num_attention_heads": 3}
+    assert not Card.from_json(foreign).preprocessing_told
+    assert not Card.from_json({}).preprocessing_told
+    assert Card.from_json(foreign, {"size": 224, "image_mean": [0.5] * 3}).preprocessing_told
+    assert Card.from_json({"architecture": "vit", "pretrained_cfg": {"mean": [0.5] * 3}}).preprocessing_told
+    assert Card.from_json(CARD.to_json({"model_type": "vit"})).preprocessing_told
+
+
+def test_another_librarys_words_are_kept_for_reading_and_never_written() -> None:
+    view = {"model_type": "vit", "num_attention_heads": 6, "id2label": {"0": "a"}, "pretrained_cfg": {}}
+    card = Card.from_json(view)
+    assert card.foreign == {"model_type": "vit", "num_attention_heads": 6}
+    assert Card.from_json(card.to_json()).foreign == {} == Card.from_json(CARD.to_json()).foreign
+
+
 def test_preprocessing_in_transformers_words() -> None:
     view = Card(architecture="x", preprocessing=Preprocessing(crop_pct=0.875)).preprocessor_json()
     assert view["size"] == {"shortest_edge": 256} and view["crop_size"] == {"height": 224, "width": 224}

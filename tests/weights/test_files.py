@@ -208,6 +208,34 @@ def test_a_safetensors_header_with_a_wrong_byte_is_read_whole_or_refused(data: s
         assert sum(tensor.nbytes for tensor in read.values()) <= len(content)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_pickle_that_the_safe_reader_does_not_know_is_refused_without_unsafe_advice(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "w.pth", pickle_protocol=4)
+    (tmp_path / "torn.pth").write_bytes(pickle.dumps({"a": 1}, protocol=2)[:-3])
+    for name in ("w.pth", "torn.pth"):
+        with pytest.raises(WeightsError) as refusal:
+            files.read_tensors(tmp_path / name)
+        told = str(refusal.value)
+        assert "weights_only" not in told and "torch.load" not in told
+    torch.save(STATE, tmp_path / "w.pth", pickle_protocol=4)
+    with pytest.raises(WeightsError, match="save its state dict again"):
+        files.read_tensors(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["google/vit-base-patch16-224", "https://somewhere/w.pth", "hf-hub:timm/vit_tiny"]
+)
+def test_names_of_a_hub_and_addresses_are_told_to_be_downloaded(name: str) -> None:
+    with pytest.raises(WeightsError, match=r"does not exist.*download it"):
+        files.read_tensors(name)
+
+
+def test_a_path_that_is_none_of_a_hub_is_not_told_so(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError) as refusal:
+        files.read_tensors(tmp_path / "none.pth")
+    assert "download" not in str(refusal.value)
+
+
 def test_what_is_no_weight_file_is_refused(tmp_path: Path) -> None:
     for name, content in (("w.txt", b"x"), ("w.pth", b""), ("w.npz", b"PK"), ("w.safetensors", b"\xff" * 64)):
         (tmp_path / name).write_bytes(content)

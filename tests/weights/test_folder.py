@@ -164,6 +164,8 @@ def test_a_run_without_a_model_says_that_it_has_not_ended(tmp_path: Path) -> Non
 def test_what_is_no_model_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is no folder"):
         folder.load(tmp_path / "none")
+    with pytest.raises(WeightsError, match=r"is no folder.*download it"):
+        folder.load("google/vit-base-patch16-224")
     with pytest.raises(WeightsError, match=r"holds no model\.safetensors"):
         folder.load(tmp_path)
     (tmp_path / "file").write_text("x")

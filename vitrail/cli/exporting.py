@@ -22,7 +22,7 @@ def export(run: ExportRun) -> int:
     proof, label = found.proof, found.label
     rows = [
         ["precision", label.precision],
-        ["free", "batch, height, width" if label.free_size else "batch"],
+        ["free", _free(label)],
         ["normalising", f"inside, {label.normalised_inside}; send uint8"],
         ["pictures", f"{proof.images} ({proof.pictures})"],
     ]
@@ -34,6 +34,13 @@ def export(run: ExportRun) -> int:
     show.say(f"written: {found.artefact} ({found.size / 1e6:.1f} MB, {found.seconds:.0f} s)")
     show.say(f"proof:   {found.proof_file}")
     return 0
+
+
+def _free(label: Any) -> str:
+    """What of the images' shape is free."""
+    if not label.free_size:
+        return "batch"
+    return f"batch, height ({label.rows}), width ({label.columns})"
 
 
 def _agreement(proof: Any) -> list[list[str]]:

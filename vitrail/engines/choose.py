@@ -22,7 +22,7 @@ from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines.prepare import Shelf
 from vitrail.errors import ProofError, VitrailError
 from vitrail.export.parity import BOUNDS, Bounds, Proof, prove
-from vitrail.export.parity_dense import DenseProof, prove_dense
+from vitrail.export.parity_dense import DenseProof, answering, prove_dense
 from vitrail.tasks.choose import choose
 
 logger = logging.getLogger(__name__)
@@ -149,16 +149,12 @@ def check(reference: Any, engine: Any, shelf: Shelf) -> Proof | DenseProof:
 def check_dense(reference: Any, engine: Any, prepare: Preprocess, precision: str) -> DenseProof:
     """The same of boxes and masks, on fewer photographs."""
     labels = reference.card.labels or tuple(f"class {number}" for number in range(reference.classes))
-
-    def answer(through: Any) -> Any:
-        return lambda images, padding: through(images) if padding is None else through(images, padding)
-
     batches = [
         (*pad_together([prepare(picture)], colour(prepare.preprocessing)), None)
         for picture in photographs(LOOKS_DENSE)
     ]
     return prove_dense(
-        answer(reference), answer(engine), batches, choose(reference.card.task, labels),
+        answering(reference), answering(engine), batches, choose(reference.card.task, labels),
         precision=precision, pictures="photographs",
     )  # fmt: skip
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.engines.outside import classes_of, damaged, feed, needed, record
-from vitrail.export.label import KEY, Label
+from vitrail.engines.outside import classes_of, feed, needed, record
+from vitrail.export.label import KEY, Label, damaged
 from vitrail.export.onnx import require
 
 
@@ -39,7 +39,7 @@ class OnnxEngine:
         self.card = self.label.card
         self.inputs = [entry.name for entry in self.session.get_inputs()]
         self.outputs = [entry.name for entry in self.session.get_outputs()]
-        self.classes = classes_of(self.label, self.session.get_outputs()[0].shape)
+        self.classes = classes_of(self.label, self.session.get_outputs()[0].shape, path)
 
     def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:
         """What the graph answers, float32 on the CPU, to uint8 images `[B, C, h, w]`: logits `[B, K]`, or the record

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitrail.engines.outside import classes_of, damaged, feed, needed, record
-from vitrail.export.label import Label
+from vitrail.engines.outside import classes_of, feed, needed, record
+from vitrail.export.label import Label, damaged
 from vitrail.export.onnx import require
 from vitrail.export.openvino import MODEL, label_of
 from vitrail.runtime import has_bfloat16
@@ -67,7 +67,7 @@ class OpenVinoEngine:
         self.inputs = [entry.get_any_name() for entry in self.compiled.inputs]
         shape = self.compiled.output(0).partial_shape
         self.classes = classes_of(
-            self.label, [size.get_length() if size.is_static else None for size in shape]
+            self.label, [size.get_length() if size.is_static else None for size in shape], place
         )
 
     def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:

@@ -10,16 +10,7 @@ from torch import Tensor
 
 from vitrail.errors import ConfigError, WeightsError
 from vitrail.export.label import Label
-from vitrail.export.wrap import answer_of
-
-
-def damaged(path: object, error: Exception) -> WeightsError:
-    """The error for an exported file that its engine cannot open."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return WeightsError(
-        f"{path} cannot be opened ({lines[-1][:160] if lines else type(error).__name__}): it is damaged, or no export"
-        " of a model. Export it again, or fetch it again."
-    )
+from vitrail.export.wrap import CLASSES, answer_of
 
 
 def needed(outputs: Sequence[str]) -> tuple[str, ...]:
@@ -27,15 +18,28 @@ def needed(outputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in outputs if name not in ("probabilities", "scores", "classes"))
 
 
-def classes_of(label: Label, logits: Sequence[Any]) -> int:
-    """How many classes a graph knows, by its card, else by the shape of its logits `[B, K]`."""
-    return label.card.num_classes or int(logits[-1])
+def classes_of(label: Label, logits: Sequence[Any], where: object) -> int:
+    """How many classes a graph knows, by its card, else by the shape of its logits `[B, K]`.
+
+    Raises WeightsError where neither tells, or a classifier's card and logits tell two numbers.
+    """
+    told = label.card.num_classes
+    found = logits[-1] if label.card.task == CLASSES and isinstance(logits[-1], int) else None
+    if None not in (told, found) and told != found:
+        raise WeightsError(
+            f"{where} gives {found} logits and its card tells {told} classes: the card is another model's. Export the"
+            " model again."
+        )
+    classes = told or found
+    if not classes:
+        raise WeightsError(f"{where} does not tell how many classes it knows: export the model again.")
+    return classes
 
 
 def feed(images: Tensor, padding: Tensor | None, names: Sequence[str], label: Label) -> list[Tensor]:
     """A graph's inputs, on the CPU: uint8 images `[B, C, h, w]`, and padding Bool `[B, h, w]` where it takes one.
 
-    Raises ConfigError for images of another size than a graph of one size takes.
+    Raises ConfigError for images of another size than a graph of one size takes, or than one holds for.
     """
     rows, columns = label.card.preprocessing.input_size
     size = (int(images.shape[2]), int(images.shape[3]))
@@ -43,6 +47,11 @@ def feed(images: Tensor, padding: Tensor | None, names: Sequence[str], label: La
         raise ConfigError(
             f"The exported file takes pictures of {rows}×{columns} pixels alone; got {size[0]}×{size[1]}. A sliding"
             " window needs pictures at least as large as the file's; or use the model's own folder."
+        )
+    if label.free_size and not (label.rows.take(size[0]) and label.columns.take(size[1])):
+        raise ConfigError(
+            f"The exported file takes pictures with a height of {label.rows} and a width of {label.columns} pixels; got"
+            f" {size[0]}×{size[1]}. Resize them, or use the model's own folder."
         )
     inputs = [images.cpu().contiguous()]
     if len(names) > 1:

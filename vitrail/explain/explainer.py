@@ -381,9 +381,7 @@ class Explainer:
         return faithfulness, controls
 
 
-def scored(
-    heat: Heat, size: tuple[int, int], regions: tuple[int, int], fill: Fill
-) -> Float[Tensor, "r c"]:
+def scored(heat: Heat, size: tuple[int, int], regions: tuple[int, int], fill: Fill) -> Float[Tensor, "r c"]:
     """The first map of a batch as one fill ranks it: means over regions of pixels, or one value a token removed."""
     return (heat.ranked if fill == "removal" else heat.regions)(size, regions)[0]
 

@@ -63,7 +63,11 @@ def _no_attention(network: nn.Module) -> str:
 def _attention(network: nn.Module, images: Tensor, targets: Sequence[int] | Tensor, options: Options) -> Heat:
     """Weights where there are some, else what the channel gates let through. Raises ConfigError for idle options."""
     if isinstance(network, Asked):
-        _refuse(options, ("layer", "head", "token"), "For boxes attention is that of the box's query, mean over heads")
+        _refuse(
+            options,
+            ("layer", "head", "token"),
+            "For boxes attention is that of the box's query, mean over heads",
+        )
         return query_attention(network, images, targets)
     if mixers_of(network):
         return attention(network, images, options.layer, options.head, options.token)

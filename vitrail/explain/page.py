@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vitrail.explain.poster import contrasted, shortened, visible
+from vitrail.explain.poster import contrasted, shortened, stepping, visible
 from vitrail.explain.trace import Layer, StageTrace, Trace
 from vitrail.explain.words import words
 
@@ -61,6 +61,10 @@ def page_data(trace: Trace) -> dict[str, Any]:
         "height": int(trace.pixels.shape[1]),
         "width": int(trace.pixels.shape[2]),
         "patch": list(trace.patch),
+        "step": [window.stride for window in trace.windows],
+        "corner": [window.first(0) for window in trace.windows],
+        "far": stepping(trace),
+        "place": list(trace.placement),
         "mark": list(contrasted(trace)),
         "stages": [_stage(stage) for stage in trace.stages],
         "layers": [_layer(layer) for stage in trace.stages for layer in stage.layers],
@@ -93,6 +97,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
     view: dict[str, Any] = {
         "name": layer.name,
         "grid": list(layer.grid),
+        "place": list(layer.placement),
         "component": _signed(layer.component, None),
         "gaze": None,
     }

@@ -53,7 +53,6 @@ class Reach(NamedTuple):
         parts = covered / covered.sum(dim=0).clamp_min(1) / min(self.kernel, self.stride)
         return parts / parts.sum(dim=1, keepdim=True).clamp_min(1)
 
-
     @property
     def overlaps(self) -> bool:
         """Whether neighbouring windows share cells."""
@@ -119,6 +118,17 @@ class Placement(NamedTuple):
             (torch.arange(grid.rows) + 0.5) * self.scale_y + self.shift_y,
             (torch.arange(grid.columns) + 0.5) * self.scale_x + self.shift_x,
         )
+
+    def edges(self, grid: Grid, size: tuple[int, int]) -> tuple[list[float], list[float]]:
+        """Where a grid's rows and columns begin, and where the last ends; the outermost go on to the input's border."""
+        rows, columns = (
+            [0.0, *(min(max(number * scale + shift, 0.0), side) for number in range(1, count)), float(side)]
+            for count, scale, shift, side in (
+                (grid.rows, self.scale_y, self.shift_y, size[0]),
+                (grid.columns, self.scale_x, self.shift_x, size[1]),
+            )
+        )
+        return rows, columns
 
 
 PIXELS = Placement(1.0, 1.0)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from jaxtyping import UInt8
 from torch import Tensor
+from torch.nn import functional
 
+from vitrail.explain.places import Reach
 from vitrail.explain.trace import Layer, Trace
 from vitrail.explain.words import words
+from vitrail.nn.shapes import Grid
 from vitrail.tasks.draw import png_of
 
 if TYPE_CHECKING:
@@ -24,6 +30,9 @@ LOOKS, SIGNED, LIKE = "cividis", "PuOr_r", "viridis"
 
 AVERAGE = "the average token"
 COLUMNS, MOST_LAYERS = 6, 12
+LINE_HEIGHT = 0.15
+"""Inches from one line of a step's note to the next."""
+
 STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.0,
@@ -44,7 +53,7 @@ def poster(trace: Trace) -> bytes:
 
     layers = _chosen([layer for stage in trace.stages for layer in stage.layers])
     rows = -(-len(layers) // COLUMNS)
-    table = 0.55 + 0.215 * len(shortened(trace))
+    table = 0.55 + sum(_tall(note) for _, _, note in shortened(trace))
     guesses = 0.75 + 0.3 * len(trace.prediction.top)
     heights = [0.95, max(4.6, table), 4.1, 0.75 + 2.35 * rows, 0.75 + 2.2 * rows, guesses]
     with matplotlib.rc_context(STYLE):
@@ -74,18 +83,37 @@ def visible(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
 
 def contrasted(trace: Trace) -> tuple[int, int]:
-    """Row and column of the patch whose pixels differ most: the one that is shown flattened."""
-    rows, columns = trace.patch
-    image = trace.pixels.float()
-    height, width = image.shape[1] // rows, image.shape[2] // columns
-    cells = (
-        image[:, : height * rows, : width * columns]
-        .unflatten(1, (height, rows))
-        .unflatten(3, (width, columns))
+    """Row and column of the window whose pixels differ most: the one that is shown flattened.
+
+    Windows that hang over the image's border are passed over where others do not.
+    """
+    image = trace.pixels.double()
+    grid = trace.stages[0].grid
+    (top, bottom), (left, right) = (
+        _spans(reach, size) for reach, size in zip(trace.windows, image.shape[1:], strict=True)
     )
-    spread = cells.var(dim=(2, 4), correction=0).sum(dim=0)  # [h, w]
-    place = int(spread.argmax())
-    return place // width, place % width
+    count = (bottom - top)[:, None] * (right - left)[None]  # [h, w]
+    mean, square = (
+        _sums(values, top, bottom, left, right) / count.clamp_min(1) for values in (image, image**2)
+    )
+    spread = (square - mean**2).sum(dim=0)  # [h, w]
+    whole = count == trace.patch[0] * trace.patch[1]
+    if bool(whole.any()):
+        spread = spread.masked_fill(~whole, -1.0)
+    return divmod(int(spread.argmax()), grid.columns)
+
+
+def _spans(reach: Reach, size: int) -> tuple[Tensor, Tensor]:
+    """First pixel of each window along an axis, and the one behind its last, within the image."""
+    first = torch.arange(reach.after) * reach.stride - reach.padding
+    return first.clamp(0, size), (first + reach.kernel).clamp(0, size)
+
+
+def _sums(values: Tensor, top: Tensor, bottom: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Sums `[C, h, w]` over the boxes that rows and columns span."""
+    sums = functional.pad(values.cumsum(1).cumsum(2), (1, 0, 1, 0))
+    down = sums[:, bottom] - sums[:, top]
+    return down[:, :, right] - down[:, :, left]
 
 
 def _title(band: SubFigure, trace: Trace) -> None:
@@ -124,34 +152,47 @@ def _patches(band: SubFigure, trace: Trace) -> None:
     """The picture under its grid, one patch flattened, and the table of steps."""
     height = _inches(band)
     grid, (rows, columns) = trace.stages[0].grid, trace.patch
-    size, told = trace.pixels.shape[1:], words(trace.convolutional, trace.overlapping)
+    size, told = (trace.pixels.shape[1], trace.pixels.shape[2]), words(trace.convolutional, trace.overlapping)
     _heading(
         band, height, 1, told.cut,
-        f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} {told.pieces} of {rows} × {columns}",
+        f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} {told.pieces} of {rows} × {columns}"
+        + stepping(trace).replace(", ", ",\n"),
     )  # fmt: skip
     picture = visible(trace.pixels)
     side = min(3.6, height - 1.0)
     axes = _place(band, 0.03, height - 0.8 - side, side / 14, side)
     axes.imshow(picture, interpolation="nearest")
     axes.set_anchor("NW")
-    for row in range(0, size[0] + 1, rows):
-        axes.axhline(row - 0.5, color="white", linewidth=0.6, alpha=0.75)
-    for column in range(0, size[1] + 1, columns):
-        axes.axvline(column - 0.5, color="white", linewidth=0.6, alpha=0.75)
+    down, across = trace.placement.edges(grid, size)
+    for y in down:
+        axes.axhline(y - 0.5, color="white", linewidth=0.6, alpha=0.75)
+    for x in across:
+        axes.axvline(x - 0.5, color="white", linewidth=0.6, alpha=0.75)
     row, column = contrasted(trace)
-    _frame(axes, column * columns - 0.5, row * rows - 0.5, columns, rows)
+    _frame(axes, trace.windows[1].first(column) - 0.5, trace.windows[0].first(row) - 0.5, columns, rows)
 
+    numbers, inside = rows * columns * trace.pixels.shape[0], trace.window(row, column)
+    cut = trace.pixels[:, inside[0], inside[1]]
+    beyond = f", {numbers - cut.numel()} of them beyond the border" if cut.numel() < numbers else ""
     _heading(
         band, height, 2, told.flat,
         f"the marked {told.piece}, row {row + 1}, column {column + 1}:\n"
-        f"{rows} · {columns} · {trace.pixels.shape[0]} = {rows * columns * trace.pixels.shape[0]} numbers", 0.325,
+        f"{rows} · {columns} · {trace.pixels.shape[0]} = {numbers} numbers{beyond}", 0.325,
     )  # fmt: skip
-    patch = picture[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
     axes = _place(band, 0.325, height - 0.95 - 1.5, 1.5 / 14, 1.5)
-    axes.imshow(patch, interpolation="nearest")
-    _frame(axes, -0.5, -0.5, columns, rows)
-    _strip(band, trace, row, column, height - 0.95 - 1.5 - 0.5)
+    axes.imshow(visible(cut), interpolation="nearest")
+    _frame(axes, -0.5, -0.5, cut.shape[2], cut.shape[1])
+    _strip(band, trace, cut, height - 0.95 - 1.5 - 0.5)
     _steps(band, trace, height)
+
+
+def stepping(trace: Trace) -> str:
+    """How far apart windows lie that overlap, behind a comma; empty where they do not."""
+    if not trace.overlapping:
+        return ""
+    rows, columns = (window.stride for window in trace.windows)
+    far = f"{rows}" if rows == columns else f"{rows} × {columns}"
+    return ", one every pixel" if rows == columns == 1 else f", one every {far} pixels"
 
 
 def _frame(axes: Axes, x: float, y: float, width: float, height: float) -> None:
@@ -162,11 +203,9 @@ def _frame(axes: Axes, x: float, y: float, width: float, height: float) -> None:
     )
 
 
-def _strip(band: SubFigure, trace: Trace, row: int, column: int, top: float) -> None:
+def _strip(band: SubFigure, trace: Trace, cut: UInt8[Tensor, "C h w"], top: float) -> None:
     """The patch's pixels one after the other, then each channel's values."""
-    rows, columns = trace.patch
-    cut = trace.pixels[:, row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
-    flat = cut.flatten(1).numpy()  # [C, P * P]
+    flat = cut.flatten(1).numpy()  # [C, h * w]
     axes = _place(band, 0.325, top - 0.2, 0.215, 0.2)
     axes.imshow(visible(cut.flatten(1)[:, None]), aspect="auto", interpolation="nearest")
     axes.set_title("its pixels, row by row", size=8, color=MUTED, loc="left", pad=3)
@@ -202,12 +241,23 @@ def shortened(trace: Trace) -> list[tuple[str, str, str]]:
 
 def _steps(band: SubFigure, trace: Trace, height: float) -> None:
     band.text(0.585, 1 - 0.18 / height, "Every step and its shape", size=13, weight="bold", va="top")
-    for number, (name, size, note) in enumerate(shortened(trace)):
-        y = 1 - (0.62 + 0.215 * number) / height
+    top = 0.62
+    for name, size, note in shortened(trace):
+        y = 1 - top / height
         band.text(0.585, y, name, size=9, va="center")
         band.text(0.775, y, size, size=9, va="center", ha="right", family="DejaVu Sans Mono", weight="bold")
-        shown = note if len(note) <= 44 else note[:43].rstrip(" ,") + "…"
-        band.text(0.785, y, shown, size=8, va="center", color=MUTED)
+        for number, line in enumerate(_lines(note)):
+            band.text(0.785, y - number * LINE_HEIGHT / height, line, size=8, va="center", color=MUTED)
+        top += _tall(note)
+
+
+def _lines(note: str) -> list[str]:
+    return textwrap.wrap(note, 44)
+
+
+def _tall(note: str) -> float:
+    """Inches that a step takes in the table."""
+    return 0.215 + LINE_HEIGHT * max(0, len(_lines(note)) - 1)
 
 
 def _tokens(band: SubFigure, trace: Trace) -> None:
@@ -286,8 +336,9 @@ def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
         label = "no attention weights to show"
         if layer.gaze is not None:
             map_ = layer.gaze.maps.mean(dim=0).numpy()
-            extent = (-0.5, grey.shape[1] - 0.5, grey.shape[0] - 0.5, -0.5)
-            axes.imshow(map_, cmap=LOOKS, vmin=0, alpha=0.72, interpolation="nearest", extent=extent)
+            rows, columns = layer.placement.edges(Grid(*map_.shape), (grey.shape[0], grey.shape[1]))
+            edges = [[place - 0.5 for place in places] for places in (columns, rows)]
+            axes.pcolormesh(*edges, map_, cmap=LOOKS, vmin=0, alpha=0.72, linewidth=0, antialiased=False)
             itself = float(layer.gaze.elsewhere.mean())
             label = "attention, " if len(seen) < len(gazes) and layer.gaze.kind == "attention" else ""
             label += f"peak {map_.max() / max(map_.mean(), 1e-12):.1f} × mean"

@@ -117,6 +117,8 @@ def box_question(
     classes, boxes = classes[kept], boxes[kept]
     if not 0 <= number < len(classes):
         what = "boxes" if wanted is None else f"boxes of {labels[wanted]}"
+        if not len(classes):
+            raise NothingThere(f"There are no {what} to explain; got box {number}.")
         raise NothingThere(
             f"box must be 0 to {len(classes) - 1}: there are {len(classes)} {what}; got {number}."
         )

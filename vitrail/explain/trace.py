@@ -7,6 +7,7 @@ family's name.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from vitrail.data.transforms import normalise
 from vitrail.errors import UnsupportedError
+from vitrail.explain.attention import slid
 from vitrail.explain.capture import (
     BlockRecord,
     EntryRecord,
@@ -29,8 +31,9 @@ from vitrail.explain.capture import (
     stages_of,
     strength,
 )
+from vitrail.explain.places import Placement, Reach, joined, reaches, stretched
 from vitrail.explain.residual import block_words, capture_maps, is_residual, stem_words
-from vitrail.nn.entry import MlpStem, Patchify, PrefixTokens
+from vitrail.nn.entry import Patchify, PrefixTokens
 from vitrail.nn.position import LearnedPosition, SinCosPosition
 from vitrail.nn.resnet import ResidualBlock, Stem
 from vitrail.nn.shapes import Grid
@@ -74,6 +77,8 @@ class Layer:
 
     name: str
     grid: Grid
+    placement: Placement
+    """Where the grid's cells lie in the image."""
     tokens: Float[Tensor, "N D"]
     component: Float[Tensor, "h w"]
     """The direction in which the patch tokens differ most, per cell (first principal component)."""
@@ -107,8 +112,10 @@ class Trace:
     """Rows and columns of the picture as it was read."""
     pixels: UInt8[Tensor, "C h w"]
     """What the network saw, before normalising."""
-    patch: tuple[int, int]
-    """Image pixels that one cell of the first grid stands for."""
+    windows: tuple[Reach, Reach]
+    """Which rows and columns of pixels each cell of the first grid is made of."""
+    placement: Placement
+    """Where the first grid's cells lie in the image."""
     steps: tuple[Step, ...]
     stages: tuple[StageTrace, ...]
     prediction: Prediction
@@ -116,8 +123,24 @@ class Trace:
     """What must be said aloud, such as random weights."""
     convolutional: bool = False
     """Whether cells of maps are followed, where other networks have tokens of patches."""
-    overlapping: bool = False
-    """Whether the first tokens read more than their own patch: convolutional stems, overlapping windows."""
+
+    @property
+    def patch(self) -> tuple[int, int]:
+        """Rows and columns of pixels that one cell of the first grid is made of."""
+        return self.windows[0].kernel, self.windows[1].kernel
+
+    @property
+    def overlapping(self) -> bool:
+        """Whether the first tokens' windows share pixels: convolutional stems, overlapping patches."""
+        return any(window.overlaps for window in self.windows)
+
+    def window(self, row: int, column: int) -> tuple[slice, slice]:
+        """The rows and columns of pixels in one cell's window, as far as they lie in the image."""
+        rows, columns = (
+            slice(max(0, (first := reach.first(number))), min(size, first + reach.kernel))
+            for reach, number, size in zip(self.windows, (row, column), self.pixels.shape[1:], strict=True)
+        )
+        return rows, columns
 
     def to_dict(self) -> dict[str, Any]:
         """The story without its pictures, JSON-ready."""
@@ -169,11 +192,16 @@ def trace(
 
     device = next(network.parameters()).device
     capturing = capture_maps if residual else capture
-    with torch.no_grad(), evaluation(network), capturing(network) as recording, listen({"head": head}, heard):
-        logits: Tensor = network(normalise(pixels[None].to(device), preprocessing))
     size = (int(pixels.shape[1]), int(pixels.shape[2]))
+    with (
+        torch.no_grad(),
+        evaluation(network),
+        capturing(network) as recording,
+        slid(network) as places,
+        listen({"head": head}, heard),
+    ):
+        logits: Tensor = network(normalise(pixels[None].to(device), preprocessing))
     original = size if original is None else original
-    first = recording.entries[0] if recording.entries else None
     prediction = task.decode(logits, top_k=top_k, sources=[source])[0]
     steps = [
         Step(name="picture", shape=(*original, 3), note=f"{source}, rows × columns × channels"),
@@ -182,20 +210,20 @@ def trace(
         *_body_steps(recording),
         *_end_steps(head, pooled[0], recording, logits, prediction),
     ]
-    stages = tuple(_stage(recording, number) for number in range(recording.stages))
+    stages = tuple(_stage(recording, number, size, places) for number in range(recording.stages))
     grid = stages[0].grid if stages else Grid(1, 1)
     return Trace(
         model=_model_name(network),
         source=source,
         original=original,
         pixels=pixels.cpu(),
-        patch=_patch(first, size, grid),
+        windows=_windows(recording, size, grid),
+        placement=places.get(grid, stretched(grid, size)),
         steps=tuple(steps),
         stages=stages,
         prediction=prediction,
         note=note,
         convolutional=residual,
-        overlapping=first is not None and not isinstance(first.module, Patchify | MlpStem),
     )
 
 
@@ -203,11 +231,17 @@ def _model_name(network: nn.Module) -> str:
     return str(getattr(network, "name", "")) or type(network).__name__
 
 
-def _patch(first: EntryRecord | None, size: tuple[int, int], grid: Grid) -> tuple[int, int]:
-    """Pixels of one cell: what the first patch entry says, else the image shared out over the grid."""
-    if first is not None and isinstance(first.module, Patchify):
-        return first.module.patch
-    return -(-size[0] // grid.rows), -(-size[1] // grid.columns)
+def _windows(recording: Recording, size: tuple[int, int], grid: Grid) -> tuple[Reach, Reach]:
+    """The windows of the first stage's cells; where its entries do not say, the image shared out over the grid."""
+    found: list[tuple[Reach, Reach]] = []
+    for entry in recording.entries:
+        if entry.stage == 0:
+            found += reaches(entry.module, (int(entry.map_before.shape[2]), int(entry.map_before.shape[3])))
+    rows, columns = ([pair[axis] for pair in found] for axis in (0, 1))
+    if found and (rows[-1].after, columns[-1].after) == tuple(grid):
+        return joined(rows), joined(columns)
+    even = [-(-pixels // cells) for pixels, cells in zip(size, grid, strict=True)]
+    return Reach(even[0], even[0], 0, grid.rows), Reach(even[1], even[1], 0, grid.columns)
 
 
 def _fitted(preprocessing: Preprocessing) -> str:
@@ -356,7 +390,9 @@ def _entropy(scores: Float[Tensor, " K"]) -> float:
     return float(-(scores * scores.clamp_min(1e-30).log()).sum())
 
 
-def _stage(recording: Recording, number: int) -> StageTrace:
+def _stage(
+    recording: Recording, number: int, size: tuple[int, int], places: Mapping[Grid, Placement]
+) -> StageTrace:
     entries = [entry for entry in recording.entries if entry.stage == number]
     blocks = [block for block in recording.blocks if block.stage == number]
     where = f"stage {number + 1} " if recording.stages > 1 else ""
@@ -377,6 +413,7 @@ def _stage(recording: Recording, number: int) -> StageTrace:
             Layer(
                 name=f"{where}block {block.number + 1}",
                 grid=block.grid,
+                placement=places.get(block.grid, stretched(block.grid, size)),
                 tokens=block.tokens[0].float().cpu(),
                 component=_component(block, before),
                 gaze=gaze(block) or strength(block),

@@ -51,8 +51,11 @@ TOKENS = Words(
 
 WINDOWS = dataclasses.replace(
     TOKENS,
+    cut="The image is read in windows",
+    piece="window",
+    pieces="windows",
     flat="The pixels of one token",
-    read="with their neighbours are what the stem reads",
+    read="are all that makes this token",
     made="Each window becomes a token",
 )
 """For networks whose tokens come of convolutions or windows that overlap."""
@@ -61,8 +64,8 @@ CELLS = Words(
     cut="The cells of the first map",
     piece="cell",
     pieces="cells",
-    flat="A cell stands for these pixels",
-    read="with their neighbours are what the stem reads",
+    flat="A cell is made of these pixels",
+    read="are all that makes this cell",
     made="Each cell becomes a vector",
     items="cells",
     when="after the stem",

@@ -41,11 +41,31 @@ def write_onnx(program: Program, path: Path, label: Label) -> None:
         )
     model = made.model
     model.metadata_props[KEY] = label.to_text()
+    model.doc_string = description(program, label)
     _name_sizes(model, program.free_size)
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
     made.save(str(path), external_data=weights > LARGEST)
+
+
+def description(program: Program, label: Label) -> str:
+    """What a file takes and gives, for whoever opens it without vitrail."""
+    wanted = label.card.preprocessing
+    channels = {1: "one channel", 3: "RGB"}.get(wanted.in_chans, f"{wanted.in_chans} channels")
+    own = "" if wanted.crop_mode == "fit" else " (the model's own: {} x {})".format(*wanted.input_size)
+    size = "{} x {} pixels".format(*wanted.input_size)
+    if program.free_size:
+        size = f"h {program.rows}, w {program.columns} pixels{own}"
+    padding = (
+        ", and padding: bool [N, h, w], true where there is no picture" if "padding" in program.inputs else ""
+    )
+    gives = ", ".join(program.outputs)
+    return (
+        f"Takes images: uint8 0..255, {channels}, [N, {wanted.in_chans}, h, w], {size}{padding}; normalisation is"
+        f" inside, resizing is not. Gives {gives}. The metadata property {KEY} (JSON) tells preprocessing, classes,"
+        " origin and proof."
+    )
 
 
 def read_label(path: Path) -> Label:

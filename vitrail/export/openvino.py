@@ -9,11 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vitrail.export.label import KEY, Label
+from vitrail.export.label import KEY, Label, damaged
 from vitrail.export.onnx import require
 
 MODEL = "model.xml"
 """The file of the graph; the weights are model.bin beside it."""
+
+FILES = (MODEL, "model.bin")
+"""All that is written into a folder."""
 
 
 def from_onnx(path: Path) -> Any:
@@ -35,11 +38,15 @@ def write_openvino(model: Any, folder: Path, label: Label) -> None:
 
 
 def read_label(folder: Path) -> Label:
-    """The label of a folder. Raises WeightsError where there is none."""
+    """The label of a folder. Raises WeightsError where there is none, or the files are damaged."""
     require("openvino", extra="openvino")
     import openvino
 
-    return label_of(openvino.Core().read_model(str(folder / MODEL)), folder)
+    try:
+        model = openvino.Core().read_model(str(folder / MODEL))
+    except RuntimeError as error:
+        raise damaged(folder, error) from error
+    return label_of(model, folder)
 
 
 def label_of(model: Any, where: Path) -> Label:

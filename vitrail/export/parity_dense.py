@@ -23,6 +23,11 @@ Answer = Callable[[Tensor, Tensor | None], Any]
 """From uint8 images `[B, C, h, w]` and their padding `[B, h, w]` (or None) to the record of a dense model."""
 
 
+def answering(engine: Any) -> Answer:
+    """An engine that is told of padding only where there is some: segmenters know none."""
+    return lambda images, padding: engine(images) if padding is None else engine(images, padding)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
     """How far a hand-over may stray."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from vitrail.export.label import ANY, Sizes
 from vitrail.export.wrap import Deployed
 
 logger = logging.getLogger(__name__)
@@ -25,6 +27,10 @@ class Program:
     outputs: tuple[str, ...]
     free_size: bool
     """Whether height and width are free beside the batch."""
+    rows: Sizes = ANY
+    """The heights that it holds for, where they are free."""
+    columns: Sizes = ANY
+    """The widths."""
 
 
 def capture(deployed: Deployed, *, free_size: bool = True) -> Program:
@@ -47,11 +53,42 @@ def capture(deployed: Deployed, *, free_size: bool = True) -> Program:
         try:
             sizes = ({0: free, 2: free, 3: free}, {0: free, 1: free, 2: free})
             exported = _export(deployed, example, sizes[: len(example)])
-            return Program(exported=exported, free_size=True, **names)
+            high, wide = legal_sizes(exported, example, -2), legal_sizes(exported, example, -1)
+            if (high.least, wide.least) != (high.most, wide.most):
+                return Program(exported=exported, free_size=True, rows=high, columns=wide, **names)
         except Exception as error:  # tracing objects in many kinds; what matters is that it does
             logger.debug("the size cannot be left free: %s", error)
     exported = _export(deployed, example, ({0: free},) * len(example))
     return Program(exported=exported, free_size=False, **names)
+
+
+def legal_sizes(exported: Any, example: Sequence[torch.Tensor], axis: int) -> Sizes:
+    """The heights (axis -2) or widths (axis -1) that a program holds for, as far as twice the example's tells.
+
+    Tracing follows one way through the network, and the program keeps the conditions of that way: a patch that divides
+    the size, nothing to fill up, more than one cell. Graphs that are made from it lose them, and answer something wrong
+    to other sizes.
+    """
+    module, own = exported.module(), int(example[0].shape[axis])
+
+    def takes(pixels: int) -> bool:
+        shapes = [list(value.shape) for value in example]
+        for shape in shapes:
+            shape[axis] = pixels
+        try:
+            with torch.no_grad():
+                module(*(value.new_zeros(shape) for value, shape in zip(example, shapes, strict=True)))
+        except Exception:  # a condition that does not hold, or a part without pixels left
+            return False
+        return True
+
+    above = next(filter(takes, range(own + 1, 2 * own + 1)), None)
+    below = next(filter(takes, range(own - 1, 0, -1)), None) if above is None else None
+    if above is None and below is None:
+        return Sizes(least=own, most=own)
+    step = above - own if above is not None else own - (below or 0)
+    least = next(filter(takes, range(own % step or step, own, step)), own)
+    return Sizes(least=least, step=step, most=None if above is not None else own)
 
 
 def _export(deployed: Deployed, example: tuple[torch.Tensor, ...], free: tuple[Any, ...]) -> Any:

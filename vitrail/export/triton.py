@@ -4,6 +4,8 @@ NAME/config.pbtxt      what goes in and comes out, and how requests are batched
 NAME/labels.txt        class names, one a line, so that Triton's classification extension answers in words
 NAME/1/model.onnx      the graph; clients send uint8 at the model's size
 NAME/vitrail.json      the card, for clients that resize as the model wants it
+
+NAME is the folder's own: the configuration leaves it to Triton, so that a folder may be given another.
 """
 
 from __future__ import annotations
@@ -12,13 +14,18 @@ import json
 import shutil
 from pathlib import Path
 
+from vitrail.errors import WeightsError
 from vitrail.export.label import OUTPUTS, Label
 
 GRAPH = Path("1") / "model.onnx"
+CARD = "vitrail.json"
+
+FILES = ("config.pbtxt", "labels.txt", CARD, "1", "1/model.onnx", "1/model.onnx.data")
+"""All that is written into a folder; the last only where the weights are large."""
 
 
 def write_triton(onnx: Path, folder: Path, label: Label, *, batch: int = 32, delay: int = 2000) -> None:
-    """Lay out the repository of one model around an ONNX file, which is copied.
+    """Lay out the repository of one model around an ONNX file named model.onnx, which is copied.
 
     batch: the largest batch that Triton builds; delay: microseconds that a request waits for others.
     """
@@ -29,13 +36,20 @@ def write_triton(onnx: Path, folder: Path, label: Label, *, batch: int = 32, del
         shutil.copyfile(beside, folder / "1" / beside.name)
     labels = label.card.labels or ()
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in labels), encoding="utf-8")
-    (folder / "vitrail.json").write_text(
-        json.dumps(json.loads(label.to_text()), indent=2) + "\n", encoding="utf-8"
-    )
-    (folder / "config.pbtxt").write_text(config_text(folder.name, label, batch, delay), encoding="utf-8")
+    (folder / CARD).write_text(json.dumps(json.loads(label.to_text()), indent=2) + "\n", encoding="utf-8")
+    (folder / "config.pbtxt").write_text(config_text(label, batch, delay), encoding="utf-8")
 
 
-def config_text(name: str, label: Label, batch: int, delay: int) -> str:
+def read_label(folder: Path) -> Label:
+    """The label of a folder. Raises WeightsError where there is none."""
+    try:
+        text = (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise WeightsError(f"{folder / CARD} cannot be read ({error}); export the model again.") from None
+    return Label.from_text(text, str(folder / CARD))
+
+
+def config_text(label: Label, batch: int, delay: int) -> str:
     """config.pbtxt, as Triton's model configuration describes it. Sizes leave out the batch."""
     wanted, classes = label.card.preprocessing, label.card.num_classes or -1
     size = (-1, -1) if label.free_size else wanted.input_size
@@ -46,8 +60,7 @@ def config_text(name: str, label: Label, batch: int, delay: int) -> str:
         for output in OUTPUTS
     )
     preferred = sorted({1 << power for power in range(1, 12) if 1 << power <= batch})
-    return f"""name: "{name}"
-backend: "onnxruntime"
+    return f"""backend: "onnxruntime"
 max_batch_size: {batch}
 input [
   {{

@@ -8,6 +8,7 @@ from before the network is built to the end of the second round.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import multiprocessing
 import resource
@@ -140,6 +141,13 @@ def bench(run: BenchRun, watch: Callable[[int, int], None] | None = None) -> Ben
 
 def peers_of(model: Any) -> list[str]:
     """The installed packages that have this very network; each absent one is said aloud."""
+    stock = registry.variant(model.name)
+    own = {field.name for field in dataclasses.fields(stock)} - {"img_size", "num_classes"}
+    if changed := sorted(name for name in own if getattr(model.config, name) != getattr(stock, name)):
+        logger.warning(
+            "No peer has this %s: it differs from the published one in %s.", model.name, ", ".join(changed)
+        )
+        return []
     found = []
     for maker, has in (("timm", _in_timm), ("transformers", _in_transformers)):
         try:

@@ -29,6 +29,7 @@ from vitrail.jobs.models import count
 from vitrail.jobs.train import TrainResult, train
 from vitrail.models import registry
 from vitrail.runs import BenchRun, CompareRun, TrainRun
+from vitrail.runtime import choose_device
 from vitrail.tasks.choose import facts_of
 from vitrail.train.log import Note, Reporter
 from vitrail.weights import folder as folders
@@ -103,6 +104,8 @@ class Price:
     memory: int
     """Bytes that building the network and running it added to a process."""
     multiply_adds: int
+    device: str = ""
+    """Where it was measured, such as cpu or cuda:0; empty where nobody wrote it down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +125,7 @@ def compare(run: CompareRun, reporter: Reporter | None = None) -> Comparison:
     unknown names before anything is trained.
     """
     check(run)
-    run = dataclasses.replace(run, batch_size=batch_of(run))
+    run = dataclasses.replace(run, batch_size=batch_of(run), device=str(choose_device(run.device)))
     folder = Path(run.output)
     folder.mkdir(parents=True, exist_ok=True)
     if run.part != "cost":
@@ -160,6 +163,7 @@ def check(run: CompareRun) -> None:
 
 EQUAL = (
     "data", "val", "classes", "ignore", "reduce_zero", "epochs", "minutes", "batch_size", "img_size", "opt", "lr",
+    "device",
 )  # fmt: skip
 """What must be equal for trainings to stand in one table."""
 
@@ -308,8 +312,9 @@ def _speed(run: CompareRun, name: str) -> float:
 
 
 def _prices(run: CompareRun, folder: Path, say: Callable[[str], None]) -> Iterator[Price]:
-    """Every network at every size, from the file where it is done."""
-    kept = {(price.model, price.size): price for price in _read(folder / "prices.jsonl", Price)}
+    """Every network at every size on the device, from the file where it is done."""
+    measured = _read(folder / "prices.jsonl", Price)
+    kept = {(price.model, price.size): price for price in measured if price.device == run.device}
     for name in sized_of(run):
         for size in run.sizes:
             if (name, size) not in kept:
@@ -331,6 +336,7 @@ def _prices(run: CompareRun, folder: Path, say: Callable[[str], None]) -> Iterat
                     seconds=1 / found.speeds[0].best,
                     memory=found.speeds[0].memory,
                     multiply_adds=found.cost.multiply_adds,
+                    device=found.device,
                 )
                 _append(folder / "prices.jsonl", kept[name, size])
             yield kept[name, size]

@@ -16,15 +16,16 @@ from torch import Tensor
 
 from vitrail.config import from_dict, to_dict
 from vitrail.errors import ProofError, WeightsError
-from vitrail.models import loading, registry
+from vitrail.models import loading, meaning, registry
 from vitrail.runs import ConvertRun
-from vitrail.weights import adapter, files, folder
+from vitrail.weights import adapter, files, folder, rules
 from vitrail.weights.card import Card
+from vitrail.weights.reading import OWN as OWN_NAMES
 
 logger = logging.getLogger(__name__)
 
 OWN = "vitrail"
-"""The name under which users know the family's first layout, written as a model folder."""
+"""The name under which users know the layout in which a model folder is written."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,25 +68,29 @@ def convert(run: ConvertRun) -> Converted:
     Raises:
         WeightsError: the source does not fit any network (or several, then `model` must say which), or the layout
             has no place for one of its tensors.
-        ProofError: what was written is not what was read.
+        ProofError: the layout does not give back what was read, or the disk what was written; then nothing is left
+            of it.
     """
     tensors, card, digest = loading.read(run.source)
-    files.check_finite(tensors, run.source)
     name = run.model or _named(card) or _found(tensors, run.source)
     module = registry.family_of(name)
-    config = _config(module, name, card)
+    if getattr(module, "AVERAGED", False):
+        tensors, card, digest = loading.read(run.source, averaged=True)
+    files.check_finite(tensors, run.source)
+    config = _config(module, name, card, run.source)
     state, receipt, config = _read(tensors, name, config, card, run.source, digest)
     state, moved = _halved(state) if run.half else (state, None)
     context = loading.context(module, config)
-    layout = module.RENAMES[0] if run.layout == OWN else adapter.by_name(module.RENAMES, run.layout)
-    written = adapter.write(state, layout, context)
     target = Path(run.target)
+    layout = _layout(run, name, config, context)
+    written = adapter.write(state, layout, context)
+    _prove(state, written, layout, context)
     if target.suffix in files.SUFFIXES:
         sha256 = files.write_tensors(target, written)
     else:
         library = layout.describe(name, config) if layout.describe is not None else {}
-        sha256 = folder.save(target, written, _card(name, config, card, layout.name), library).sha256
-    _prove(state, target, layout, context)
+        sha256 = folder.save(target, written, _card(name, config, card, layout.name, receipt), library).sha256
+    _check_written(target, written)
     logger.info("wrote %s: %s in the layout %s", target, name, layout.name)
     return Converted(
         source=run.source,
@@ -133,11 +138,18 @@ def _found(tensors: Mapping[str, Tensor], source: str) -> str:
     return likes[0].name
 
 
-def _config(module: ModuleType, name: str, card: Card | None) -> Any:
-    """The configuration that the card tells in full, or the variant's."""
-    if card is not None and card.config.keys() > {"num_classes"} and card.architecture == name:
+def _config(module: ModuleType, name: str, card: Card | None, source: str) -> Any:
+    """The configuration that the card tells in full, or the variant's with what another library's folder says.
+
+    Raises WeightsError where the folder's network computes something else with the same tensors.
+    """
+    if card is None:
+        return registry.variant(name)
+    if card.config.keys() > {"num_classes"} and card.architecture == name:
         return from_dict(module.Config, card.config, where="config.json")
-    return registry.variant(name)
+    config = meaning.followed(module, registry.variant(name), card)
+    meaning.check(name, config, card, source)
+    return config
 
 
 def _read(
@@ -178,16 +190,19 @@ def _sized(module: ModuleType, name: str, config: Any, state: Mapping[str, Tenso
         have = tuple(state[key].shape)
         if have == shape:
             continue
-        fit = next(adapter.matches(module.RENAMES[0], key, context)).rule.fit
-        if fit == "classes":
-            changes["num_classes"] = have[0]
+        matches = (match for layout in module.RENAMES for match in adapter.matches(layout, key, context))
+        fit = next((match.rule.fit for match in matches if match.rule.fit), "")
+        if fit == "classes" and len(have) == len(shape):
+            count = next(new for new, old in zip(have, shape, strict=True) if new != old)
+            changes["num_classes"] = count - getattr(module, "EXTRA_LOGITS", 0)
         elif fit in ("patch", "channels") and have[1] != shape[1]:
             changes["in_chans"] = have[1]
         elif fit == "positions" and len(have) == 3:
             prefix = int(context.get("prefix", 0))
             new, old = math.isqrt(have[1] - prefix), math.isqrt(shape[1] - prefix)
             if new**2 == have[1] - prefix and old**2 == shape[1] - prefix:
-                changes["img_size"] = tuple(side * new // old for side in config.img_size)
+                # patches may overlap, so that a cell more is a stride more and not a share
+                changes["img_size"] = tuple(side + (new - old) * (side // old) for side in config.img_size)
     config = registry.changed(config, **changes) if changes else config
     for key, shape in loading.shapes_of(name, config).items():
         if tuple(state[key].shape) != shape:
@@ -198,24 +213,97 @@ def _sized(module: ModuleType, name: str, config: Any, state: Mapping[str, Tenso
     return config
 
 
-def _card(name: str, config: Any, card: Card | None, layout: str) -> Card:
-    """The card of the result: the source's where it has one, else the variant's."""
+def _card(name: str, config: Any, card: Card | None, layout: str, receipt: adapter.Receipt) -> Card:
+    """The card of the result: the source's where it has one, else the variant's, with what its layout wants to see."""
     own = registry.default_card(name, config)
+    if card is None or not card.preprocessing_told:
+        module = registry.family_of(name)
+        preprocessing = loading.seen(own.preprocessing, card, module, receipt.layout, receipt.source)
+        own = dataclasses.replace(own, preprocessing=preprocessing)
     if card is None:
         return dataclasses.replace(own, layout=layout)
-    return dataclasses.replace(card, architecture=name, config=to_dict(config), layout=layout, sha256="")
+    return dataclasses.replace(
+        card,
+        architecture=name,
+        task=own.task,
+        preprocessing=card.preprocessing if card.preprocessing_told else own.preprocessing,
+        preprocessing_told=True,
+        config=to_dict(config),
+        foreign={},
+        layout=layout,
+        sha256="",
+    )
+
+
+def _layout(run: ConvertRun, name: str, config: Any, context: Mapping[str, Any]) -> adapter.Layout:
+    """The layout of the result: the one asked for, else that of the network's model folders.
+
+    Raises WeightsError where the layout is unknown, where a file in it would be taken for another network, or where
+    transformers would open a folder in it as some other network with random weights.
+    """
+    module = registry.family_of(name)
+    if run.layout == OWN:
+        with torch.device("meta"):
+            model = registry.from_config(name, config)
+        layout = loading._home(module, model)
+    else:
+        layout = adapter.by_name(module.RENAMES, run.layout)
+    into_folder = Path(run.target).suffix not in files.SUFFIXES
+    if into_folder and layout.name.startswith("transformers") and layout.describe is None:
+        raise WeightsError(
+            f"transformers has no network whose folder holds {name} in the layout {layout.name!r}: write a file"
+            " (.safetensors), or take another layout."
+        )
+    if into_folder or rules.holds(layout.requires, context):
+        return layout
+    if run.layout == OWN:
+        return loading.own(list(loading.shapes_of(name, config)))
+    raise WeightsError(
+        f"A file in the layout {layout.name!r} {layout.meaning}. Write a folder, whose config.json tells the network."
+    )
 
 
 def _prove(
-    state: Mapping[str, Tensor], target: Path, layout: adapter.Layout, context: Mapping[str, Any]
+    state: Mapping[str, Tensor],
+    written: Mapping[str, Tensor],
+    layout: adapter.Layout,
+    context: Mapping[str, Any],
 ) -> None:
-    """Read the target back; every bit must be what it was."""
+    """Read what is to be written by the layout's rules; every bit must be what it was, or nothing is written."""
     expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    again, _ = adapter.read(files.read_tensors(target), [layout], expected, context, adapt=False)
+    layouts = [] if layout.name == OWN_NAMES else [layout]  # reading knows our modules' names by itself
+    try:
+        again, _ = adapter.read(written, layouts, expected, context, layout=layout.name, adapt=False)
+    except WeightsError as error:
+        raise ProofError(
+            f"The layout {layout.name!r} cannot be read back, and nothing was written: {error}"
+        ) from error
     for name, tensor in state.items():
-        same = again[name].dtype == tensor.dtype and torch.equal(_bits(again[name]), _bits(tensor))
-        if not same:
-            raise ProofError(f"{target}: {name} read back is not what was written; do not use this file.")
+        if not _same(again[name], tensor):
+            raise ProofError(
+                f"{name} does not come back from the layout {layout.name!r} as it was; nothing was written."
+            )
+
+
+def _check_written(target: Path, written: Mapping[str, Tensor]) -> None:
+    """Read the target back; every bit must be what was written, or its weights are removed."""
+    try:
+        again = files.read_tensors(target)
+    except WeightsError:
+        again = {}
+    wrong = [name for name in written if name not in again or not _same(again[name], written[name])]
+    if wrong:
+        (target / folder.WEIGHTS if target.is_dir() else target).unlink(missing_ok=True)
+        raise ProofError(
+            f"{target}: {wrong[0]} read back is not what was written, so the weights were removed again. Look after"
+            " the disk, and convert to another one."
+        )
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors have the same kind, shape and bits."""
+    alike = one.dtype == other.dtype and one.shape == other.shape
+    return alike and torch.equal(_bits(one), _bits(other))
 
 
 def _bits(tensor: Tensor) -> Tensor:

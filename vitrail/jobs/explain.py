@@ -80,11 +80,12 @@ def is_trial(run: ExplainRun) -> bool:
 def explain(run: ExplainRun) -> Iterator[Explained]:
     """Explain pictures one after the other, and write each one's maps, records and page.
 
-    A picture that cannot be read, or that has no such box or region, gets a record with its error.
+    A picture that cannot be read gets a record with its error, and so does one of several without such a box or region.
 
     Raises:
-        ConfigError: an unknown class, method, layer, head or token. UnsupportedError: the method is not defined for
-        the model; the message names those that are. DataError: a folder or pattern that holds no picture.
+        ConfigError: an unknown class, method, layer, head or token; no such box or region in a picture that is alone.
+        UnsupportedError: the method is not defined for the model; the message names those that are. DataError: a
+        folder or pattern that holds no picture.
     """
     explainer, options, note = _opened(run)
     paths = expand(run.images)
@@ -150,6 +151,8 @@ def _explained(
                 for method in methods
             ]  # fmt: skip
         except (ImageError, NothingThere, OSError) as error:
+            if isinstance(error, NothingThere) and len(paths) == 1:
+                raise  # what was asked can be mended
             yield Explained(source=path, error=str(error))
             continue
         folder = Path(run.output) if run.output else Path("explain")

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,9 @@ from vitrail.engines import Engine
 from vitrail.engines.artefact import format_of, open_artefact
 from vitrail.engines.prepare import Shelf
 from vitrail.engines.pytorch import TorchEngine
-from vitrail.errors import ConfigError, DataError, ImageError, ProofError
+from vitrail.errors import ConfigError, DataError, ImageError, ProofError, WeightsError
 from vitrail.export import onnx, openvino, quantise, torch_program, triton
-from vitrail.export.label import Label
+from vitrail.export.label import Label, check_names
 from vitrail.export.parity import Proof, prove, write_proof
 from vitrail.export.parity_dense import DenseProof
 from vitrail.export.program import Program, capture
@@ -44,6 +45,15 @@ BATCH = 16
 """Pictures that the proof shows at a time."""
 
 ENDINGS = {"onnx": ".onnx", "openvino": "-openvino", "torch": ".pt2", "triton": "-triton"}
+
+FLOAT32 = (
+    "on a CPU with bf16 units OpenVINO computes in bfloat16 unless it is told otherwise; for float32, as in the proof:"
+    ' core.compile_model("model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})'
+)
+"""What readers of an OpenVINO folder in float32 must know."""
+
+SHOWN = 5
+"""Files in the way that are named."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +77,8 @@ class Exported:
             "proof": self.proof.to_dict(),
             "precision": self.label.precision,
             "free_size": self.label.free_size,
+            "rows": self.label.rows._asdict(),
+            "columns": self.label.columns._asdict(),
             "size": self.size,
             "seconds": self.seconds,
             "notes": list(self.notes),
@@ -76,13 +88,15 @@ class Exported:
 def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> Exported:
     """Write the artefact and its proof.
 
-    The artefact is made under another name, opened as a user would open it, held against the network on real
-    pictures, and gets its own name only if it stays within the bounds. The proof is written in any case.
+    The artefact is made under another name, opened by the engine that other verbs open it with, held against the
+    network on real pictures, and gets its own name only if it stays within the bounds. The proof is written in any
+    case.
 
     Raises:
         ProofError: the artefact strays; nothing but the proof is left of it.
-        ConfigError: int8 without pictures to calibrate with, or a package that is missing.
-        WeightsError: the folder holds no model.
+        ConfigError: int8 without pictures to calibrate with, a package that is missing, or a target in whose place
+            something else stands.
+        WeightsError: the folder holds no model, or one with more or fewer names than classes.
         DataError: data that cannot be used, or without a readable picture.
     """
     _check(run)
@@ -90,6 +104,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     target = destination(run)
     _check_target(target, run)
     reference = TorchEngine(run.model, device="cpu", precision="fp32")
+    check_names(reference.card, run.model)
     pictures: Pictures | DensePictures
     if reference.card.task == "image-classification":
         pictures = Pictures(run, reference)
@@ -101,6 +116,8 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     label = Label(
         card=reference.card,
         free_size=program.free_size,
+        rows=program.rows,
+        columns=program.columns,
         outputs=program.outputs,
         normalised_inside="folded" if deployed.folded else "computed",
         source_sha256=reference.card.sha256,
@@ -108,8 +125,10 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     notes = (
         []
         if program.free_size or not run.free_size
-        else ["height and width are fixed: windows follow the size"]
+        else ["height and width are fixed: the shapes inside follow the size"]
     )
+    if run.format == "openvino" and not run.int8:
+        notes.append(FLOAT32)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     work.mkdir()
@@ -125,6 +144,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
                 f"{target} was not written, because it would not answer as {run.model} does:"
                 f" {'; '.join(proof.failures)}. The numbers are in {proof_file}."
             )
+        _check_target(target, run)  # again: others may have put something there meanwhile
         _place(built, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -274,7 +294,8 @@ def _built(
         label = _with_proof(label, proof)
         torch_program.write_program(program, path, label)
         return path, label, proof
-    graph = work / f"{destination(run).stem}.onnx"  # the weights beside a large one are found by its name
+    stem = "model" if run.format == "triton" else destination(run).stem
+    graph = work / f"{stem}.onnx"  # the weights beside a large one are found by its name
     onnx.write_onnx(program, graph, label)
     if run.int8:
         return _quantised(run, work, graph, label, reference, proved)
@@ -290,7 +311,7 @@ def _built(
     onnx.relabel(graph, label)
     if run.format == "onnx":
         return graph, label, proof
-    folder = work / destination(run).name  # Triton knows a model by the name of its folder
+    folder = work / "triton"
     triton.write_triton(graph, folder, label)
     return folder, label, proof
 
@@ -305,10 +326,7 @@ def _quantised(
 ) -> tuple[Path, Label, Proof | DenseProof]:
     """The first way of quantising that stays within the bounds; else the last one, with its failures."""
     preprocess = Preprocess(reference.card.preprocessing)
-    batches = [
-        torch.stack([preprocess(picture) for picture in part]).numpy()
-        for part in _calibration(run, reference)
-    ]
+    batches = [torch.stack([preprocess(picture) for picture in part]).numpy() for part in _calibration(run)]
     folder = work / "openvino"
     for rung in quantise.ladder(graph):
         logger.info("quantising: %s", rung.words)
@@ -333,7 +351,7 @@ def _quantised(
     return folder, label, proof
 
 
-def _calibration(run: ExportRun, reference: Engine) -> Iterator[list[Tensor]]:
+def _calibration(run: ExportRun) -> Iterator[list[Tensor]]:
     """Decoded pictures for the calibration, a few at a time; unreadable ones are passed over."""
     splits = open_splits(run.calibrate)
     source = splits.train if splits.train is not None and "train" in splits.given else splits.everything
@@ -366,13 +384,49 @@ def _check(run: ExportRun) -> None:
 
 
 def _check_target(target: Path, run: ExportRun) -> None:
-    """Only an artefact of the same kind may be replaced, and a file must end as its readers expect."""
+    """Only an artefact of the same kind may be replaced, and a target is named as its readers expect.
+
+    Raises ConfigError.
+    """
     ending = {"onnx": ".onnx", "torch": ".pt2"}.get(run.format)
     if ending and target.suffix.lower() != ending:
         raise ConfigError(f"A file of the format {run.format} ends in {ending}; got --output {target}.")
-    if target.exists() and format_of(target) != run.format:
+    if not ending and (target.is_file() or target.suffix.lower() in (".xml", ".onnx", ".pt2")):
+        raise ConfigError(
+            f"The format {run.format} is a folder, and {target} names a file: name a folder, such as"
+            f" --output {target.with_suffix('')}{ENDINGS[run.format]}."
+        )
+    if not target.exists():
+        return
+    if format_of(target) != run.format:
         raise ConfigError(
             f"{target} exists and is no {run.format} export, so it is not replaced: give another --output."
+        )
+    if not ending:
+        _check_ours(target, openvino if run.format == "openvino" else triton)
+
+
+def _check_ours(folder: Path, written: ModuleType) -> None:
+    """A folder is replaced as a whole, so it must be an export of ours and hold nothing else.
+
+    written: the module of its format. Raises ConfigError that names what would be lost.
+    """
+    try:
+        written.read_label(folder)
+        own, what = (".", *written.FILES), "holds more than an export"
+    except WeightsError:
+        own, what = (".",), "is no export of vitrail that can be read"
+    inside = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    foreign = [
+        f"{name}/" if path.is_dir() else name
+        for name, path in inside.items()
+        if name not in own and Path(name).parent.as_posix() in own
+    ]
+    if foreign:
+        more = f" and {len(foreign) - SHOWN} more" if len(foreign) > SHOWN else ""
+        raise ConfigError(
+            f"{folder} {what}, so it is not replaced: {', '.join(foreign[:SHOWN])}{more} would go with it. Move that"
+            " away, or give another --output."
         )
 
 
@@ -401,9 +455,9 @@ def _with_proof(label: Label, proof: Proof | DenseProof) -> Label:
     scores = dict(label.card.scores)
     if isinstance(proof, DenseProof):
         if proof.score_after is not None:
-            scores[f"exported_{proof.score}"] = proof.score_after
+            scores |= {f"exported_{proof.score}": proof.score_after, "exported_images": proof.labelled}
     elif proof.accuracy_after is not None:
-        scores["exported_acc1"] = proof.accuracy_after
+        scores |= {"exported_acc1": proof.accuracy_after, "exported_images": proof.labelled}
     return replace(label, card=replace(label.card, scores=scores), proof=proof.to_dict())
 
 

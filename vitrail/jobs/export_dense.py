@@ -17,7 +17,7 @@ from vitrail.data.sources import Source, open_pictures
 from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine
 from vitrail.errors import ConfigError, DataError, ImageError
-from vitrail.export.parity_dense import DenseProof, prove_dense
+from vitrail.export.parity_dense import DenseProof, answering, prove_dense
 from vitrail.jobs.dense_data import loader_in_order, rows
 from vitrail.jobs.evaluate_dense import in_models_order, open_for
 from vitrail.runs import ExportRun
@@ -111,11 +111,6 @@ def prove(
             answering(reference), answering(candidate), pictures, task,
             precision=candidate.precision, pictures=pictures.name, watch=watch,
         )  # fmt: skip
-
-
-def answering(engine: Any) -> Callable[[Tensor, Tensor | None], Any]:
-    """An engine that is told of padding only where there is some: segmenters know none."""
-    return lambda images, padding: engine(images) if padding is None else engine(images, padding)
 
 
 def _scored(splits: Any) -> Source:

@@ -98,8 +98,10 @@ def _of_weights(place: Path, sha256: str) -> Info:
         raise WeightsError(
             f"{place} holds {len(tensors)} tensors ({names} ...) of no layout that vitrail knows."
         )
-    config = registry.variant(best.name)
-    classes = loading.classes_in(registry.family_of(best.name), config, place)
+    module, config = registry.family_of(best.name), registry.variant(best.name)
+    if getattr(module, "AVERAGED", False):
+        tensors = files.read_tensors(place, averaged=True)
+    classes = loading.classes_in(module, config, place)
     if classes is not None:
         config = registry.changed(config, num_classes=classes)
     described = _described("weight file", best.name, config, None)

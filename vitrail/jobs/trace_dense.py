@@ -146,7 +146,9 @@ def _figure(
 def _heat(map: Tensor, placement: Placement, geometry: Geometry) -> Any:
     """The length of a map's `[C, h, w]` vectors at each pixel of the picture, uint8 `[H, W, 3]`; black beyond it."""
     length = map.detach().float().cpu().pow(2).mean(dim=0).sqrt()
-    values = on_picture(Heat(values=length[None], placement=placement, units=""), geometry, smooth=False).numpy()
+    values = on_picture(
+        Heat(values=length[None], placement=placement, units=""), geometry, smooth=False
+    ).numpy()
     low, high = float(length.min()), float(length.max())
     place = (values - low) / max(high - low, 1e-12) * (len(COLD_TO_WARM) - 1)
     stops = np.arange(len(COLD_TO_WARM))

@@ -104,9 +104,13 @@ class Classifier(Model):
         return self.head.classifier
 
     def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer for other classes; everything before it keeps its weights."""
+        """A new last layer for other classes; everything before it keeps its weights.
+
+        Raises ModelError where the network cannot have so many; it is then as it was.
+        """
+        config = dataclasses.replace(self.config, num_classes=num_classes)
         self.head.reset(num_classes)
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        self.config = config
         self.card = dataclasses.replace(
             self.card, labels=None, folders=(), config={**self.card.config, "num_classes": num_classes}
         )

@@ -62,12 +62,22 @@ class Dense(Model):
         layer: nn.Module = self.head.linear
         return layer
 
+    @property
+    def class_heads(self) -> tuple[Any, ...]:
+        """The heads with a class layer, each of which gives it new classes in `reset`."""
+        return (self.head,)
+
     def reset_classifier(self, num_classes: int) -> None:
-        """A new class layer for other classes; everything else keeps its weights."""
-        self.head.reset(num_classes)
-        self.config = dataclasses.replace(self.config, num_classes=num_classes)
+        """New class layers for other classes; everything else keeps its weights.
+
+        Raises ModelError where the network cannot have so many; it is then as it was.
+        """
+        config = dataclasses.replace(self.config, num_classes=num_classes)
+        for head in self.class_heads:
+            head.reset(num_classes)
+        self.config = config
         self.card = dataclasses.replace(
-            self.card, labels=None, config={**self.card.config, "num_classes": num_classes}
+            self.card, labels=None, folders=(), config={**self.card.config, "num_classes": num_classes}
         )
 
     def set_grad_checkpointing(self, on: bool = True) -> None:

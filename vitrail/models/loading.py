@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,10 +18,10 @@ from torch import Tensor
 
 from vitrail.config import from_dict, to_dict
 from vitrail.errors import ModelError, WeightsError
-from vitrail.models import registry
+from vitrail.models import meaning, registry
 from vitrail.models.model import Model
 from vitrail.weights import adapter, files, folder, rules
-from vitrail.weights.card import Card
+from vitrail.weights.card import Card, Preprocessing
 from vitrail.weights.reading import OWN
 
 logger = logging.getLogger(__name__)
@@ -31,15 +31,16 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
     """Load a model folder or a weight file of any of the family's layouts into a model.
 
     replace_head: whether a head of another class count may be left out, so that the model keeps its own.
-    Class names and preprocessing of a model folder come along; names only where the head does.
+    Class names and preprocessing of a model folder come along, as far as it tells them; names only where the head does.
 
-    Raises WeightsError that names what does not fit; the model is then as it was.
+    Raises WeightsError that names what does not fit, or what the folder says that the model does not compute; the
+    model is then as it was.
     """
     module = registry.family_of(model.name)
     tensors, card, sha256 = read(path, averaged=getattr(module, "AVERAGED", False))
     if card is not None and card.architecture and card.config:
         _check_family(model, module, card, path)
-        _check_meaning(model, module, card, path)
+        meaning.check(model.name, model.config, card, path, getattr(module, "MEANING", ()))
     state, receipt = adapter.read(
         tensors,
         module.RENAMES,
@@ -51,8 +52,14 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
         sha256=sha256,
         candidates=lambda: candidates(skip=model.name),
     )
+    if card is not None:
+        meaning.check(model.name, model.config, card, path)
+    _check_numbers(model, state, path)
     model.load_state_dict(state, strict=False)
     model.receipt = receipt
+    model.card = dataclasses.replace(
+        model.card, preprocessing=seen(model.card.preprocessing, card, module, receipt.layout, path)
+    )
     if card is not None:
         kept = not any(name.startswith("head.") for name in receipt.fresh)
         model.card = _adopt(model.card, card, keep_labels=kept)
@@ -82,11 +89,9 @@ def load_folder(path: str | Path) -> Model:
         raise WeightsError(
             f"{path} lacks {len(missing)} tensors of {card.architecture}, such as {min(missing)}."
         )
-    halves = (
-        torch.float16,
-        torch.bfloat16,
-    )  # a half-precision file makes a float32 model, as everywhere else
-    state = {name: tensor.float() if tensor.dtype in halves else tensor for name, tensor in state.items()}
+    _check_kinds(model, state, path)
+    # a file of another precision makes a float32 model, as everywhere else
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.load_state_dict(state, strict=True, assign=True)
     for name, parameter in model.named_parameters():
@@ -162,7 +167,8 @@ def read(path: str | Path, averaged: bool = False) -> tuple[dict[str, Tensor], C
 def context(module: ModuleType, config: Any, card: Card | None = None) -> dict[str, Any]:
     """What a family's rules must know, and the grid of the file's positions where its card tells it."""
     known: dict[str, Any] = module.context(config) if hasattr(module, "context") else {}
-    if card is not None and card.config and "from_grid" not in known and hasattr(module, "context"):
+    whole = card is not None and card.config.keys() > {"num_classes"}  # timm's and transformers' tell no more
+    if card is not None and whole and "from_grid" not in known and hasattr(module, "context"):
         try:
             known["from_grid"] = module.context(from_dict(module.Config, card.config)).get("grid")
         except Exception:  # a foreign or older card: the grid is then told from the table's length
@@ -176,7 +182,7 @@ def shapes(model: Model) -> dict[str, tuple[int, ...]]:
 
 def classes_in(module: ModuleType, config: Any, path: str | Path) -> int | None:
     """How many classes the head of a file has; None where it has no head, or nobody can tell."""
-    tensors, card, _ = read(path)
+    tensors, card, _ = read(path, averaged=getattr(module, "AVERAGED", False))
     if card is not None and card.num_classes is not None:
         return card.num_classes
     own = {rules.strip(key, ()): key for key in tensors}
@@ -223,25 +229,49 @@ def _check_family(model: Model, module: ModuleType, card: Card, path: str | Path
         )
 
 
-def _check_meaning(model: Model, module: ModuleType, card: Card, path: str | Path) -> None:
-    """Refuse weights of a network that computes something else with the same tensors."""
-    ours = to_dict(model.config)
-    for field in getattr(module, "MEANING", ()):
-        if field in card.config and card.config[field] != ours[field]:
+def _check_numbers(model: Model, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse tensors that no network can compute with: not finite, or whole numbers where fractions belong."""
+    _check_kinds(model, state, path)
+    files.check_finite(state, str(path))
+
+
+def _check_kinds(model: Model, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Refuse weights that a quantising program made whole numbers of."""
+    ours = model.state_dict()
+    for name, tensor in state.items():
+        if ours[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
             raise WeightsError(
-                f"{path} was made with {field}={card.config[field]!r} and the model has {field}={ours[field]!r}: the"
-                f" tensors are alike, and what they compute is not. Build the model with the file's {field}."
+                f"{path}: {name} holds {kind} where floating-point numbers belong: quantised weights mean nothing"
+                " without their scales. Take the file from before they were quantised."
             )
 
 
+def seen(
+    ours: Preprocessing, card: Card | None, module: ModuleType, layout: str, path: str | Path
+) -> Preprocessing:
+    """What weights want to see: as their folder tells it, else as their layout's authors have it, else as the variant.
+
+    Args:
+        ours: the variant's, whose size and channels stay.
+        layout: name of the layout that the weights came in.
+    """
+    if card is not None and card.preprocessing_told:
+        theirs = card.preprocessing
+    else:
+        known = next((known for known in module.RENAMES if known.name == layout), None)
+        theirs = ours if known is None or known.preprocessing is None else known.preprocessing
+        if card is not None:
+            logger.info("%s does not say how pictures are prepared: taken as usual for these weights", path)
+    if theirs.in_chans != ours.in_chans:
+        return ours
+    return dataclasses.replace(theirs, input_size=ours.input_size)
+
+
 def _adopt(ours: Card, theirs: Card, keep_labels: bool) -> Card:
-    """Our card with what travels with weights: preprocessing but for the size, class names, origin."""
-    preprocessing = dataclasses.replace(theirs.preprocessing, input_size=ours.preprocessing.input_size)
-    if theirs.preprocessing.in_chans != ours.preprocessing.in_chans:
-        preprocessing = ours.preprocessing
+    """Our card with what else travels with weights: class names and origin."""
     return dataclasses.replace(
         ours,
-        preprocessing=preprocessing,
         labels=theirs.labels if keep_labels else None,
         folders=theirs.folders if keep_labels else (),
         licence=theirs.licence,

@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
     from vitrail.weights.adapter import Receipt
 
-UNDECAYED = (".positions.", ".prefix.", "relative_")
-"""Parts of the names of parameters that weight decay leaves alone whatever their rank: places and tokens."""
+UNDECAYED = (".positions.", ".prefix.", "relative_", ".logit_scale")
+"""Parts of the names of parameters that weight decay leaves alone whatever their rank: places, tokens and Swin v2's
+temperatures."""
 
 
 class Model(nn.Module):
@@ -36,7 +37,7 @@ class Model(nn.Module):
         return int(self.config.num_classes)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay should leave alone besides those of rank 1: places and tokens."""
+        """Names of parameters that weight decay should leave alone besides those of rank 1: those of UNDECAYED."""
         return {name for name, _ in self.named_parameters() if any(part in f".{name}" for part in UNDECAYED)}
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -6,12 +6,16 @@ with the authors' for what timm has not (PVT v1's positions and [CLS]).
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
+from vitrail.errors import WeightsError
 from vitrail.weights.adapter import Drop, Layout, Rule
 
 if TYPE_CHECKING:
     from vitrail.models.pvt import Config
+
+logger = logging.getLogger(__name__)
 
 STAGE = "backbone.stages.{s}"
 BLOCK = f"{STAGE}.blocks.{{j}}"
@@ -36,6 +40,65 @@ def timm_config(name: str, config: Config) -> dict[str, Any]:
         "linear": config.linear,
     }
     return {"architecture": name if known else "pvt_v2_b0", "model_args": arguments}
+
+
+def transformers_config(name: str, config: Config) -> dict[str, Any]:
+    """transformers' PvtConfig or PvtV2Config. Raises WeightsError where its class computes something else.
+
+    It has one eps for all norms. The authors' 1e-5 in patch embeddings and reductions becomes the blocks' 1e-6 there,
+    as in transformers' own copies of the authors' weights, and this is logged: logits move by about 1e-5 of the
+    largest. In the linear variants, whose reductions see smaller numbers, it can be ten times as much.
+    """
+    rows, columns = config.img_size
+    published = (config.eps, config.entry_eps) == (1e-6, 1e-5) and not config.linear
+    needs = {
+        "one eps for all norms": config.eps == config.entry_eps or published,
+        "square images": config.version == 2 or rows == columns,
+        "patches of 4 pixels": config.version == 2 or config.patch_size == 4,
+    }
+    for need, met in needs.items():
+        if not met:
+            other = "original" if config.version == 1 else "timm"
+            raise WeightsError(f"transformers' PVT has {need}, {name} has not; take the layout {other!r}.")
+    if published:
+        logger.warning(
+            "transformers' PVT has one eps for all norms, %g, and %s has %g in patch embeddings and reductions: there"
+            " its logits differ by about 1e-5 of the largest",
+            config.eps, name, config.entry_eps,
+        )  # fmt: skip
+    stages = len(config.widths)
+    strides = [config.patch_size, *[2] * (stages - 1)]
+    view: dict[str, Any] = {
+        "image_size": rows if rows == columns else [rows, columns],
+        "num_channels": config.in_chans,
+        "num_encoder_blocks": stages,
+        "depths": list(config.depths),
+        "hidden_sizes": list(config.widths),
+        "strides": strides,
+        "num_attention_heads": list(config.heads),
+        "mlp_ratios": list(config.mlp_ratios),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": config.drop_path_rate,
+        "layer_norm_eps": config.eps,
+        "qkv_bias": True,
+        "num_labels": config.num_classes,
+    }
+    if config.version == 1:
+        return view | {
+            "model_type": "pvt",
+            "architectures": ["PvtForImageClassification"],
+            "patch_sizes": strides,
+            "sequence_reduction_ratios": list(config.reductions),
+        }
+    return view | {
+        "model_type": "pvt_v2",
+        "architectures": ["PvtV2ForImageClassification"],
+        "patch_sizes": [2 * stride - 1 for stride in strides],
+        "sr_ratios": list(config.reductions),
+        "linear_attention": config.linear,
+    }
 
 
 TIMM = Layout(
@@ -130,6 +193,7 @@ def _transformers(
             Rule(f"classifier.{PAIR}", f"head.linear.{PAIR}", fit="classes"),
         ),
         dropped=(Drop("classifier.*", "this model has no head", when="headless"),),
+        describe=transformers_config,
     )
 
 

@@ -137,10 +137,9 @@ class QuickDetr(Detector):
         others = [pair for pair in split if pair is not last]
         return BoxOutput(*last, ((logits, boxes), *others))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """New class layers for other classes, of the queries and of the cells; the rest keeps its weights."""
-        self.selector.reset(num_classes)
-        super().reset_classifier(num_classes)
+    @property
+    def class_heads(self) -> tuple[Any, ...]:
+        return (self.selector, self.head)  # of the cells, and of the queries
 
     def _encode(self, tokens: Tensor, codes: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
         """The coarse maps' tokens go through the encoder; all are normed."""

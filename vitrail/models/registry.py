@@ -46,6 +46,9 @@ FAMILIES: dict[str, str] = {
     "fpn":     "vitrail.models.fpn",
 }  # fmt: skip
 
+PARTS = ("Config", "build", "VARIANTS", "CARDS", "RENAMES")
+"""What a family's module must have to be used; TINY is for tests."""
+
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted."""
@@ -71,7 +74,7 @@ def is_model(name: str) -> bool:
 def family_of(name: str) -> ModuleType:
     """The family module that has a variant of this name. Raises ModelError with near matches."""
     if ":" in name:
-        return _outside(name.partition(":")[0])
+        return _outside(name)
     for family in _likely(name):
         if _bare(name) in _module(family).VARIANTS:
             return _module(family)
@@ -214,11 +217,24 @@ def _module(family: str) -> ModuleType:
     return importlib.import_module(FAMILIES[family])
 
 
-def _outside(path: str) -> ModuleType:
+def _outside(name: str) -> ModuleType:
+    """The family module of `package.module:variant`. Raises ModelError where it is none, or has no such variant."""
+    path = name.partition(":")[0]
     try:
-        return importlib.import_module(path)
-    except ImportError as error:
+        module = importlib.import_module(path)
+    except (ImportError, ValueError, TypeError) as error:  # the last two: an empty path, a relative one
         raise ModelError(f"The package of {path!r} cannot be imported: {error}.") from None
+    absent = [part for part in PARTS if not hasattr(module, part)]
+    if absent:
+        raise ModelError(
+            f"{path} is no family of networks: it lacks {', '.join(absent)}. A family's module has"
+            f" {', '.join(PARTS)}."
+        )
+    if _bare(name) not in module.VARIANTS:
+        raise ModelError(
+            f"There is no model {_bare(name)!r} in {path}.{suggestion(_bare(name), module.VARIANTS)}"
+        )
+    return module
 
 
 def _is_pair(hint: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -52,8 +53,6 @@ class Segmenter(Dense):
         logits, *others = (head(maps, size)[:, :, :rows, :columns] for head in heads)
         return MaskOutput(logits, tuple(others))
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """New class layers for other classes, in the auxiliary heads too; everything else keeps its weights."""
-        for head in self.auxiliary:
-            head.reset(num_classes)  # type: ignore[operator]
-        super().reset_classifier(num_classes)
+    @property
+    def class_heads(self) -> tuple[Any, ...]:
+        return (*self.auxiliary, self.head)

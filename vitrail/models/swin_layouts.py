@@ -7,8 +7,10 @@ masks and coordinates that the authors' files hold are computed here, and droppe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from vitrail.errors import WeightsError
 from vitrail.weights.adapter import Drop, Layout, Rule
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ BLOCK = f"{STAGE}.blocks.{{j}}"
 MIXER = f"{BLOCK}.mixer"
 PATCHES = "backbone.stages.0.entry.patches"
 PAIR = "{weight|bias}"
+
+EPS = 1e-5
+"""What transformers' Swin adds to the variance in its patch embedding and merging, whatever its config.json says."""
 
 COMPUTED = (
     Drop("*.relative_position_index", "computed from the window"),
@@ -47,6 +52,72 @@ def timm_config(name: str, config: Config) -> dict[str, Any]:
     if name.startswith(("swin_nano", "swin_tiny_c24")):
         name = "swin_tiny_patch4_window7_224"
     return {"architecture": name, "model_args": arguments}
+
+
+def transformers_config(name: str, config: Config) -> dict[str, Any]:
+    """transformers' SwinConfig or Swinv2Config. Raises WeightsError where its class computes something else."""
+    window = _one_window(config)
+    if window is None:
+        raise WeightsError(
+            "transformers' Swin has one square window for all stages, and moves it along both axes or along none;"
+            f" {name} has windows {_told(config.stage_windows)} at {_told([config.img_size])} pixels: take the layout"
+            " 'timm'."
+        )
+    if config.eps != EPS:
+        raise WeightsError(
+            f"transformers' Swin has eps={EPS} after patches and in merging, this model has {config.eps}: take the"
+            " layout 'timm'."
+        )
+    rows, columns = config.img_size
+    view: dict[str, Any] = {
+        "model_type": "swin",
+        "architectures": ["SwinForImageClassification"],
+        "image_size": rows if rows == columns else [rows, columns],
+        "patch_size": config.patch_size,
+        "num_channels": config.in_chans,
+        "embed_dim": config.width,
+        "depths": list(config.depths),
+        "num_heads": list(config.heads),
+        "window_size": window,
+        "mlp_ratio": float(config.mlp_ratio),
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "drop_path_rate": config.drop_path_rate,
+        "use_absolute_embeddings": False,
+        "layer_norm_eps": config.eps,
+        "num_labels": config.num_classes,
+    }
+    if config.version == 1:
+        return view
+    return view | {
+        "model_type": "swinv2",
+        "architectures": ["Swinv2ForImageClassification"],
+        "pretrained_window_sizes": list(config.trained_windows),
+    }
+
+
+def _one_window(config: Config) -> int | None:
+    """The window that gives every stage of transformers' network the windows and shifts of ours, if there is one.
+
+    Theirs never shrinks in v1, and in v2 to the rows of the stage's map, which are counted down; a map that is no
+    larger than its window along one axis is not shifted along the other either.
+    """
+    window = max(side for grid in config.stage_windows for side in grid)
+    for number, (ours, depth) in enumerate(zip(config.stage_windows, config.depths, strict=True)):
+        rows, columns = (-(-size // (config.patch_size << number)) for size in config.img_size)
+        counted = (config.img_size[0] // config.patch_size) >> number
+        side = window if config.version == 1 else min(counted, window)
+        moves = (min(rows, columns) if config.version == 1 else counted) > side
+        shifted = depth > 1 and ((rows > side) != moves or (columns > side) != moves)
+        if ours != (side, side) or shifted:
+            return None
+    return window
+
+
+def _told(grids: Iterable[tuple[int, int]]) -> str:
+    return ", ".join(f"{rows}x{columns}" for rows, columns in grids)
 
 
 def _blocks(block: str, attention: str = "attn") -> tuple[Rule, ...]:
@@ -158,6 +229,7 @@ def _transformers(name: str, model: str, rules: tuple[Rule, ...]) -> Layout:
             Drop("embeddings.mask_token", "used in masked pre-training only"),
             Drop("classifier.*", "this model has no head", when="headless"),
         ),
+        describe=transformers_config,
     )
 
 

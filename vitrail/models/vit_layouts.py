@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vitrail.errors import WeightsError
 from vitrail.weights.adapter import Drop, Layout, Rule
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 if TYPE_CHECKING:
     from vitrail.models.vit import Config
@@ -18,6 +19,9 @@ ENTRY = "backbone.stages.0.entry"
 BLOCK = "backbone.stages.0.blocks.{i}"
 LAST_NORM = "backbone.stages.0.norm"
 PAIR = "{weight|bias}"
+
+TIMM_EPS = 1e-6
+"""What timm's ViT adds to the variance, and no argument changes; smaller ones give the same logits."""
 
 OURS_ALONE = ("vit_nano_patch4_32", "vit_tiny_patch4_32")
 """Variants that timm does not have under their name."""
@@ -42,6 +46,10 @@ def timm_config(name: str, config: Config) -> dict[str, Any]:
     architecture = name if name in VARIANTS and name not in OURS_ALONE else "vit_base_patch16_224"
     usual = _timm_arguments(VARIANTS[architecture])
     unusual = {key: value for key, value in _timm_arguments(config).items() if value != usual[key]}
+    if abs(config.eps - TIMM_EPS) > TIMM_EPS:
+        unusual["eps"] = (
+            config.eps
+        )  # timm has no such argument: it refuses the folder, and computes nothing else
     return {"architecture": architecture} | ({"model_args": unusual} if unusual else {})
 
 
@@ -248,6 +256,10 @@ TORCHVISION = Layout(
     dropped=(
         Drop("heads.pre_logits.*", "belongs to the old head", when="fresh_head"),
         Drop("heads.*", "this model has no head", when="headless"),
+    ),
+    # torchvision's own recipe (IMAGENET1K_V1: short side to 256, crop of 224); the JAX code's wants [-1, 1]
+    preprocessing=Preprocessing(
+        mean=IMAGENET_MEAN, std=IMAGENET_STD, interpolation="bilinear", crop_pct=0.875
     ),
 )
 

@@ -273,7 +273,7 @@ class Desk:
 
 
 def pictures_in(headers: Mapping[str, str], data: bytes) -> list[tuple[str, bytes]]:
-    """Names and bytes of the pictures in a body: the body itself, or the files and `image` fields of a multipart one."""
+    """Names and bytes of the pictures in a body: the body itself, or the files and `image` fields of a form."""
     kind, boundary = body.media_type(headers)
     if kind != "multipart/form-data":
         if not data:

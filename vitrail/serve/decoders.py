@@ -110,7 +110,7 @@ class Decoders:
                 process, link = await asyncio.to_thread(self._fork)
                 reader, writer = await asyncio.open_unix_connection(sock=link)
             except (OSError, EOFError) as error:
-                # No more processes or files for us at the moment. EOFError: the process that forks could not, and ended.
+                # No more processes or files at the moment; EOFError where the process that forks ended over it.
                 if not started.done():
                     started.set_exception(
                         UserError(f"A decoder cannot be started: {error!r}. Free memory or processes.")

@@ -60,7 +60,7 @@ class _HandOn(logging.Handler):
 
 @contextlib.contextmanager
 def _one_log() -> Iterator[None]:
-    """Lines of uvicorn and asyncio, and warnings, go the way of our own, in the same form; bare they would be no JSON."""
+    """Have the lines of uvicorn and asyncio, and warnings, go the way of our own: bare they would be no JSON."""
     others = [logging.getLogger(name) for name in ("uvicorn", "asyncio", "py.warnings")]
     before = [(other.handlers, other.propagate) for other in others]
     logging.captureWarnings(True)

@@ -21,12 +21,6 @@ def to_corners(boxes: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
     return torch.cat([middle - half, middle + half], dim=-1)
 
 
-def to_centres(boxes: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
-    """Corners to centres."""
-    low, high = boxes[..., :2], boxes[..., 2:]
-    return torch.cat([(low + high) / 2, high - low], dim=-1)
-
-
 def area(corners: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B"]:
     """Width times height."""
     sides = corners[..., 2:] - corners[..., :2]

@@ -24,6 +24,9 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's training pictures, per channel: what most families' weights expect."""
 
+CLASSES_AND_PICTURES = ("label_names", "id2label", "label2id", "num_classes", "pretrained_cfg")
+"""Keys of another library's config.json that a card holds in fields of its own."""
+
 FORMAT = 1
 """Version of the part of `config.json` under `"vitrail"`."""
 
@@ -104,8 +107,15 @@ class Card:
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     """What the network wants to see."""
 
+    preprocessing_told: bool = True
+    """Whether anybody said so: a folder with neither `pretrained_cfg` nor preprocessor_config.json tells no more than
+    the size, and `preprocessing` is then no answer."""
+
     config: Mapping[str, Any] = field(default_factory=dict)
     """The family's Config as plain data."""
+
+    foreign: Mapping[str, Any] = field(default_factory=dict)
+    """What another library's config.json says, in its own words, besides classes and preprocessing; never written."""
 
     layout: str = ""
     """Name of the key layout in which `model.safetensors` is written; empty where unknown."""
@@ -251,7 +261,11 @@ class Card:
                 labels=_labels(view),
                 folders=tuple(str(name) for name in own.get("folders") or ()),
                 preprocessing=_preprocessing({**own, **view}, preprocessor or {}),
+                preprocessing_told=bool(preprocessor) or _by_timm({**own, **view}) is not None,
                 config=config,
+                foreign={}
+                if own
+                else {key: value for key, value in view.items() if key not in CLASSES_AND_PICTURES},
                 layout=own.get("layout", ""),
                 licence=own.get("licence") or (view.get("pretrained_cfg") or {}).get("license") or "",
                 source=own.get("source", ""),
@@ -279,10 +293,16 @@ def _labels(view: Mapping[str, Any]) -> tuple[str, ...] | None:
     return tuple(str(by_number.get(str(number), by_number.get(number))) for number in numbers)
 
 
-def _preprocessing(view: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Preprocessing:
+def _by_timm(view: Mapping[str, Any]) -> Any:
+    """The object in which timm tells the preprocessing, if there is one."""
     wanted = view.get("pretrained_cfg")
     if wanted is None and "architecture" in view and "mean" in view:
-        wanted = view  # timm's oldest files hold everything in one dict
+        return view  # timm's oldest files hold everything in one dict
+    return wanted
+
+
+def _preprocessing(view: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Preprocessing:
+    wanted = _by_timm(view)
     if wanted is not None:
         channels, rows, columns = wanted.get("input_size", (3, 224, 224))
         return Preprocessing(
@@ -298,23 +318,32 @@ def _preprocessing(view: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> 
 
 
 def _from_transformers(view: Mapping[str, Any], preprocessor: Mapping[str, Any]) -> Preprocessing:
-    """transformers either resizes straight to the input, or to a short edge and crops."""
+    """transformers resizes straight to the input, or to a short edge and crops, or to a short and a long edge."""
     side = view.get("image_size", 224)
-    resized = _sides(preprocessor.get("size"), side)
+    size = preprocessor.get("size")
     cropped = preprocessor.get("do_center_crop", False) and preprocessor.get("crop_size") is not None
+    edges = None if cropped else _edges(size, preprocessor.get("max_size"))
+    resized = _sides(size, side) if edges is None else edges
     wanted = _sides(preprocessor["crop_size"], side) if cropped else resized
-    squash = isinstance(preprocessor.get("size", side), int | Mapping) and not (
-        isinstance(preprocessor.get("size"), Mapping) and "shortest_edge" in preprocessor["size"]
-    )
+    short = isinstance(size, Mapping) and "shortest_edge" in size
     return Preprocessing(
         input_size=wanted,
         mean=tuple(float(value) for value in preprocessor.get("image_mean", (0.5, 0.5, 0.5))),
         std=tuple(float(value) for value in preprocessor.get("image_std", (0.5, 0.5, 0.5))),
         interpolation=INTERPOLATIONS[int(preprocessor.get("resample", 2))],
         crop_pct=min(1.0, min(wanted) / min(resized)),
-        crop_mode="squash" if squash else "center",
+        crop_mode="fit" if edges is not None else "center" if short else "squash",
         in_chans=int(view.get("num_channels", 3)),
     )
+
+
+def _edges(size: Any, most: Any) -> tuple[int, int] | None:
+    """The short edge and the most of the long one, where a size is told by both (`most` is the older way)."""
+    if isinstance(size, Mapping):
+        short, most = size.get("shortest_edge"), size.get("longest_edge", most)
+    else:
+        short = size if isinstance(size, int) else None
+    return None if short is None or most is None else (int(short), int(most))
 
 
 def _sides(size: Any, default: Any) -> tuple[int, int]:

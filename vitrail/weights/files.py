@@ -127,6 +127,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def hub_cure(path: str | Path) -> str:
+    """How to get what a name on a model hub or an address means, as the end of a message; empty for other paths."""
+    place = Path(path)
+    address = bool(re.match(r"[a-z][a-z0-9+-]+:", str(path)))
+    named = not place.is_absolute() and len(place.parts) == 2 and not place.parent.exists()
+    if not (address or named):
+        return ""
+    return (
+        " Nothing is fetched by name or address: download it first (`hf download OWNER/NAME --local-dir FOLDER` for"
+        " the Hugging Face Hub) and give the path."
+    )
+
+
 def sha256(path: str | Path) -> str:
     """Hash of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
@@ -215,7 +228,7 @@ def _read_file(path: Path, averaged: bool) -> dict[str, Tensor]:
 
 def _check_regular(path: Path) -> None:
     if not path.exists():
-        raise WeightsError(f"{path} does not exist.")
+        raise WeightsError(f"{path} does not exist.{hub_cure(path)}")
     if not path.is_file():
         raise WeightsError(f"{path} is not a regular file.")
 
@@ -342,7 +355,17 @@ def _refusal(path: Path, error: Exception) -> str:
             f"{path} holds more than tensors: it asks for {found[1]}, which is never executed. If you trust where it"
             " comes from, save its state dict alone with the program that made it, best as .safetensors."
         )
-    reason = next((line for line in text.splitlines() if "Error" in line), text.partition("\n")[0])
+    unread = re.search(r"Unsupported \w+ \S+", text)
+    if unread is not None:
+        return (
+            f"{path} is a pickle of a kind that torch's weights-only reader does not read ({unread[0]}), and there is"
+            " no other way in. If you trust where it comes from, save its state dict again with torch.save and no"
+            " pickle_protocol, best as .safetensors."
+        )
+    said = text.rpartition("WeightsUnpickler error:")[
+        2
+    ].strip()  # before it torch advises to open the file unsafely
+    reason = next((line for line in said.splitlines() if "Error" in line), said.partition("\n")[0])
     return f"{path} is no whole torch file ({reason.strip()[:200] or type(error).__name__})."
 
 

@@ -117,7 +117,7 @@ def read_card(folder: str | Path) -> Card:
     place = model_folder(folder)
     preprocessor = files.read_json(place / PREPROCESSOR) if (place / PREPROCESSOR).exists() else None
     if not (place / CONFIG).exists():
-        return Card(architecture="")
+        return Card.from_json({}, preprocessor)
     try:
         return Card.from_json(files.read_json(place / CONFIG), preprocessor)
     except WeightsError as error:
@@ -129,7 +129,9 @@ def model_folder(folder: str | Path) -> Path:
     place = find(folder)
     if place is None:
         ships = ", ".join(shipped.names())
-        raise WeightsError(f"{folder} is no folder{f', and no model that ships ({ships})' if ships else ''}.")
+        raise WeightsError(
+            f"{folder} is no folder{f', and no model that ships ({ships})' if ships else ''}.{files.hub_cure(folder)}"
+        )
     if (place / "metrics.jsonl").exists() and not (place / CONFIG).exists():
         raise WeightsError(
             f"{place} is a run that has not written its model yet: wait until it has ended, or stop it with Ctrl-C,"

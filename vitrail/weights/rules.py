@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from vitrail.errors import WeightsError
 from vitrail.weights import patterns
+from vitrail.weights.card import Preprocessing
 from vitrail.weights.transforms import FITS, TRANSFORMS, Context
 
 WRAPPERS = ("module.", "_orig_mod.")
@@ -89,6 +90,9 @@ class Layout:
 
     meaning: str = ""
     """What `requires` stands for and the cure, as the end of a sentence: "is Caffe's: take legacy_seresnet50"."""
+
+    preprocessing: Preprocessing | None = None
+    """What the networks of this layout's bare files want to see, where it is not what the variant's card says."""
 
     describe: Callable[[str, Any], dict[str, Any]] | None = None
     """That library's own `config.json` keys for a variant's name and Config, where it has such a file."""
