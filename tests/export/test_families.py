@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from export.worlds import pictures
 
 from vitrail.engines.onnx import OnnxEngine
 from vitrail.engines.openvino import OpenVinoEngine
@@ -15,8 +16,17 @@ from vitrail.export.label import Label
 from vitrail.export.onnx import write_onnx
 from vitrail.export.program import capture
 from vitrail.export.wrap import Deployed
+from vitrail.jobs.export import export
 from vitrail.models import registry
 from vitrail.models.classifier import Classifier
+from vitrail.predict import Predictor
+from vitrail.runs import ExportRun
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pictures(tmp_path_factory.mktemp("data") / "colours")
+
 
 FIXED = {"swin"}
 """Families whose height and width are fixed when they are exported: shapes follow the number of windows."""
@@ -31,6 +41,23 @@ def tiny(family: str) -> Any:
         if parameter.requires_grad and parameter.abs().max() < 1e-3:
             torch.nn.init.normal_(parameter, std=0.3)
     return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("family", ["t2t", "pit"])
+def test_a_torch_program_takes_a_single_picture(family: str, data: Path, tmp_path: Path) -> None:
+    tiny(family).save_pretrained(tmp_path / "model")
+    export(
+        ExportRun(
+            model=str(tmp_path / "model"),
+            format="torch",
+            data=(str(data),),
+            output=str(tmp_path / "model.pt2"),
+        )
+    )
+    (one,) = Predictor(tmp_path / "model.pt2", batch_size=1)(next(data.rglob("*.png")))
+    assert one.error is None and one.top
 
 
 @pytest.mark.slow

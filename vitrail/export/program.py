@@ -62,6 +62,16 @@ def capture(deployed: Deployed, *, free_size: bool = True) -> Program:
     return Program(exported=exported, free_size=False, **names)
 
 
+def takes_one(program: Program) -> bool:
+    """Whether the program itself holds for a batch of one picture; graphs that are made from it do in any case."""
+    try:
+        with torch.no_grad():
+            program.exported.module()(*(value[:1] for value in program.example))
+    except Exception:  # a condition of the traced way through the network
+        return False
+    return True
+
+
 def legal_sizes(exported: Any, example: Sequence[torch.Tensor], axis: int) -> Sizes:
     """The heights (axis -2) or widths (axis -1) that a program holds for, as far as twice the example's tells.
 

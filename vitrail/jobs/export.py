@@ -31,7 +31,7 @@ from vitrail.export import onnx, openvino, quantise, torch_program, triton
 from vitrail.export.label import Label, check_names
 from vitrail.export.parity import Proof, prove, write_proof
 from vitrail.export.parity_dense import DenseProof
-from vitrail.export.program import Program, capture
+from vitrail.export.program import Program, capture, takes_one
 from vitrail.export.wrap import Deployed
 from vitrail.jobs import export_dense
 from vitrail.jobs.export_dense import DensePictures
@@ -113,6 +113,9 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
         pictures = DensePictures(run, reference, _some)
     deployed = Deployed(reference.network)
     program = capture(deployed, free_size=run.free_size)
+    if run.format == "torch" and program.free_size and not takes_one(program):
+        logger.info("with a free size the program would refuse a single picture: the size is fixed")
+        program = capture(deployed, free_size=False)
     label = Label(
         card=reference.card,
         free_size=program.free_size,
