@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from vitrail.errors import WeightsError
 from vitrail.models import backbones, registry
 from vitrail.models.registry import create_model
 from vitrail.nn.shapes import DenseBoxOutput
@@ -191,6 +192,25 @@ def test_groups_do_not_see_each_other() -> None:
         other = model(images)
     assert torch.equal(one.logits, other.logits)
     assert not torch.equal(one.auxiliary[-1][0], other.auxiliary[-1][0])
+
+
+def test_a_backbone_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    small = {"width": 32, "depth": 2, "hidden": 64, "init": "timm"}
+    registry.create_model("vit_tiny_patch16_224", num_classes=5, heads=4, **small).save_pretrained(tmp_path)
+    with pytest.raises(
+        WeightsError, match=r"heads=4, and the backbone .* has heads=2.*\"depth\": 2.*\"heads\": 4"
+    ):
+        backbones.load_backbone(segmenter(small, 2), tmp_path)
+    assert backbones.load_backbone(segmenter(small, 4), tmp_path).used
+
+
+def segmenter(small: dict[str, Any], heads: int) -> Any:
+    return registry.create_model(
+        "setr_naive_nano",
+        backbone="vit_tiny_patch16_224",
+        backbone_changes={**small, "heads": heads},
+        taps=(0, 1),
+    )
 
 
 def test_load_backbone_leaves_the_rest_alone(tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def _layout(run: ConvertRun, name: str, config: Any, context: Mapping[str, Any])
     if run.layout == OWN:
         with torch.device("meta"):
             model = registry.from_config(name, config)
-        layout = loading._home(module, model)
+        layout = loading.home(module, model)
     else:
         layout = adapter.by_name(module.RENAMES, run.layout)
     into_folder = Path(run.target).suffix not in files.SUFFIXES

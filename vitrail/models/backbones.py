@@ -7,6 +7,7 @@ names that they have in the classifier, so a classifier's files fit.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,12 +15,16 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from vitrail.errors import ModelError, WeightsError
-from vitrail.models import loading, registry
+from vitrail.models import loading, meaning, registry
 from vitrail.models.classifier import Backbone
 from vitrail.models.model import Model
 from vitrail.nn.resnet import ResidualTrunk
 from vitrail.nn.shapes import Level
 from vitrail.weights import adapter
+from vitrail.weights.card import Card
+
+SILENT = {"heads", "gelu", "qk_norm", "norm_order", "position"}
+"""Fields of a backbone that no tensor shows, and that a dense model has no reason of its own to change."""
 
 
 class Chosen(NamedTuple):
@@ -80,6 +85,8 @@ def load_backbone(model: Model, path: str | Path) -> adapter.Receipt:
     tensors, card, sha256 = loading.read(path, averaged=getattr(module, "AVERAGED", False))
     if card is not None and card.architecture and card.config:
         _check_origin(own, module, card.architecture, path)
+    if card is not None:
+        _check_meaning(own, model, config, card, path)
     state, receipt = adapter.read(
         tensors, _headless(module.RENAMES), loading.shapes_of(own, config),
         {**loading.context(module, config, card), "dense": True, **getattr(model, "backbone_context", {})},
@@ -99,6 +106,20 @@ def _headless(layouts: Sequence[adapter.Layout]) -> tuple[adapter.Layout, ...]:
     """Layouts that also leave out our own head, of files that hold our modules' names."""
     drop = adapter.Drop("head.*", "the dense model has a head of its own")
     return tuple(dataclasses.replace(layout, dropped=(*layout.dropped, drop)) for layout in layouts)
+
+
+def _check_meaning(own: str, model: Model, config: Any, card: Card, path: str | Path) -> None:
+    """Refuse a backbone that computes something else with tensors that look alike."""
+    wrong = [found for found in meaning.differences(own, config, card) if found.field in SILENT]
+    if wrong:
+        made = ", ".join(f"{found.field}={found.theirs!r}" for found in wrong)
+        has = ", ".join(f"{found.field}={found.ours!r}" for found in wrong)
+        changes = dict(getattr(model.config, "backbone_changes", None) or {})
+        changes |= {found.field: found.theirs for found in wrong}
+        raise WeightsError(
+            f"{path} was made with {made}, and the backbone {own} has {has}: their tensors look alike, and what they"
+            f" compute is not. Build it alike: --model-kwargs 'backbone_changes={json.dumps(changes)}'."
+        )
 
 
 def _check_origin(own: str, module: Any, architecture: str, path: str | Path) -> None:

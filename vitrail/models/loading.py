@@ -118,7 +118,7 @@ def _unfilled(name: str, config: Any) -> Model:
 def save_model(model: Model, path: str | Path) -> None:
     """Write the model folder, its weights under the names of the family's first layout that has a place for them."""
     module = registry.family_of(model.name)
-    layout = _home(module, model)
+    layout = home(module, model)
     state = adapter.write(
         {name: tensor.detach() for name, tensor in model.state_dict().items()},
         layout,
@@ -134,7 +134,7 @@ def save_model(model: Model, path: str | Path) -> None:
     model.card = folder.save(path, state, card, library)
 
 
-def _home(module: ModuleType, model: Model) -> adapter.Layout:
+def home(module: ModuleType, model: Model) -> adapter.Layout:
     """The first layout that names every tensor of a model (timm lacks some variants of a family that it has)."""
     known = context(module, model.config)
     names = list(model.state_dict())
