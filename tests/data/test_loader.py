@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -202,6 +203,21 @@ def test_the_workers_of_a_loader_that_is_let_go_end_at_once() -> None:
     del loader
     assert not multiprocessing.active_children()
     assert time.monotonic() - began < 4
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(20, 2), (4, 1), (2, 0)])
+def test_workers_whose_batches_would_overflow_shared_memory_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, batches: int, expected: int
+) -> None:
+    size = next(iter(train_loader(Pictures(16)))).images.nbytes
+    room = SimpleNamespace(free=batches * size)
+    monkeypatch.setattr("vitrail.data.loader.shutil.disk_usage", lambda _: room)
+    monkeypatch.setattr("vitrail.data.loader.os.path.isdir", lambda _: True)
+    monkeypatch.setattr("vitrail.data.loader.PREFETCH", 2)  # so a worker may hold three batches
+    assert train_loader(Pictures(16), workers=2)._processes().num_workers == expected
+    assert bool(caplog.records) == (expected < 2)
+    if caplog.records:
+        assert f"not of 2; using {expected}. Give the machine more shared memory" in caplog.text
 
 
 def test_a_worker_that_hangs_is_reported() -> None:

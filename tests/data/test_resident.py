@@ -12,6 +12,7 @@ from PIL import Image, ImageFilter
 from vitrail.data.augment import Augmentation
 from vitrail.data.resident import (
     Resident,
+    _fits,
     blurred,
     boxes,
     flipped,
@@ -166,6 +167,13 @@ def test_what_cannot_be_done_is_refused_with_the_cure(data: Path) -> None:
         made(data, Augmentation(), channels=1)
     with pytest.raises(DataError, match="takes 64 pictures, and 20 can be read"):
         made(data, Augmentation(), batch_size=64)
+
+
+def test_pictures_that_leave_the_network_too_little_room_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * 2**30, 8 * 2**30))
+    _fits(2 * 2**30, torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"take 2\.5 GiB.*at most 50%.*4\.0 GiB.*leave --resident out"):
+        _fits(5 * 2**29, torch.device("cuda"))
 
 
 @pytest.mark.parametrize("aa", ["rand", "trivial"])

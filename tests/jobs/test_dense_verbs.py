@@ -26,7 +26,7 @@ from vitrail.jobs.evaluate import evaluate
 from vitrail.jobs.predict import coco_form, predict
 from vitrail.jobs.train import TrainResult, train
 from vitrail.jobs.training_data import open_data
-from vitrail.jobs.training_parts import build_model
+from vitrail.jobs.training_parts import build_model, class_weights
 from vitrail.models import detr, quick_detr, setr
 from vitrail.models.registry import from_config, from_pretrained
 from vitrail.runs import DataCheckRun, EvaluateRun, PredictRun, TrainRun
@@ -364,6 +364,22 @@ def test_a_panoptic_networks_segments_are_told_and_drawn(boxes: str, tmp_path: P
     assert [s.label for s in alone.segments.segments] == [s.label for s in both[1].segments.segments]
     with pytest.raises(UserError, match="reads no panoptic annotations yet: train detr_resnet50 on boxes"):
         go(of_boxes(boxes, tmp_path / "run", model="detr_resnet50_panoptic"))
+
+
+def test_balance_weighs_pixels_of_rare_classes_by_how_rare_they_are(masks: str, tmp_path: Path) -> None:
+    run = record(masks, tmp_path)
+    data = open_data(run, lambda _: None)
+    numbers = np.concatenate([data.train.target(index) for index in range(12)], axis=None)
+    counts = np.bincount(numbers[numbers < 3], minlength=3)
+    assert class_weights(run, data) is None
+    assert class_weights(config.replace(run, balance=1.0), data) == pytest.approx(np.median(counts) / counts)
+    half = class_weights(config.replace(run, balance=0.5), data)
+    assert half == pytest.approx((np.median(counts) / counts) ** 0.5)
+
+
+def test_balance_is_refused_where_there_are_no_masks(boxes: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"balance weighs the classes of masks; this data has boxes"):
+        go(of_boxes(boxes, tmp_path / "run", balance=1.0))
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from tests.train.standin import Batches, training
 from vitrail.errors import DataError, TrainingError
+from vitrail.runtime import Runtime
 from vitrail.train.log import Log, Progress, Saved, Scores, Stopped, read_log
-from vitrail.train.loop import seed_part, train
+from vitrail.train.loop import Training, seed_part, train
 from vitrail.train.optim import Kind
 from vitrail.train.state import Place
 
@@ -104,6 +106,47 @@ def test_a_loss_that_stays_infinite_stops_the_run_and_names_the_layer() -> None:
     with torch.no_grad():
         run.network.blocks[1][2].weight.fill_(float("inf"))  # type: ignore[index, union-attr]
     with pytest.raises(TrainingError, match=r"4 steps in a row.*blocks\.1\.2.*--lr"):
+        list(train(run))
+
+
+def scaled() -> Runtime:
+    """What fp16 trains with on a GPU: losses are scaled up, gradients back down."""
+    return Runtime(device=torch.device("cpu"), scaler=torch.amp.GradScaler("cpu", init_scale=2.0**40))
+
+
+def enlarge(run: Training, factor: Callable[[int], float]) -> None:
+    """Multiplies the loss by a factor of the step."""
+    normal = run.objective
+    run.objective = lambda *args: {
+        name: value * factor(run.place.step) for name, value in normal(*args).items()
+    }
+
+
+def test_a_scaler_changes_no_bit_and_halves_itself_where_gradients_overflow() -> None:
+    plain, run = training(steps=8), training(steps=8, runtime=scaled())
+    list(train(plain))
+    list(train(run))
+    assert equal(weights(run), weights(plain))  # a power of two is lost nowhere in float32
+    assert run.runtime.scaler is not None and run.runtime.scaler.get_scale() == 2.0**40
+
+    run = training(steps=3, runtime=scaled(), log_every=1)
+    before = weights(run)
+    enlarge(run, lambda step: 1e30 if step == 0 else 1.0)
+    first, *_, last = [record for record in train(run) if isinstance(record, Progress)]
+    assert (first.skipped, last.skipped) == (1, 1)
+    assert run.runtime.scaler is not None and run.runtime.scaler.get_scale() == 2.0**39
+    assert not equal(weights(run), before)
+    assert all(bool(torch.isfinite(value).all()) for value in weights(run).values())
+
+
+def test_a_scaler_may_look_for_its_scale_for_thirty_steps_more() -> None:
+    run = training(steps=50, bad_steps=4, runtime=scaled())
+    enlarge(run, lambda step: float("inf") if step < 33 else 1.0)
+    list(train(run))
+    assert (run.place.step, run.place.skipped) == (50, 33)
+    run = training(steps=50, bad_steps=4, runtime=scaled())
+    enlarge(run, lambda step: float("inf"))
+    with pytest.raises(TrainingError, match="34 steps in a row"):
         list(train(run))
 
 

@@ -31,6 +31,13 @@ def test_step_divides_by_ten_twice() -> None:
     assert [schedule(step) for step in (0, 29, 30, 59, 60, 89)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
+def test_rsqrt_falls_with_the_root_of_the_step_and_cools_down_in_a_line() -> None:
+    schedule = Schedule(course="rsqrt", steps=200, warmup=25, cooldown=40)
+    assert [schedule(step) for step in (24, 99, 159)] == pytest.approx([1.0, 1 / 2, (25 / 160) ** 0.5])
+    assert schedule(180) == pytest.approx((25 / 181) ** 0.5 / 2)  # 20 of its 40 last steps are left
+    assert schedule(199) == pytest.approx((25 / 200) ** 0.5 / 40)
+
+
 def test_illegal_courses_are_refused() -> None:
     with pytest.raises(ConfigError, match="at least 1 step"):
         Schedule(steps=0)
