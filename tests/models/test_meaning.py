@@ -81,6 +81,13 @@ def test_a_change_that_was_asked_for_may_differ_from_the_folder(tmp_path: Path) 
     assert create_model(NAME, tmp_path, **SMALL, gelu="tanh", pool="mean").config.gelu == "tanh"
 
 
+def test_a_value_asked_for_by_name_may_be_the_variants_own(tmp_path: Path) -> None:
+    saved(tmp_path, gelu="tanh", heads=6)
+    assert create_model(NAME, tmp_path, **SMALL, gelu="exact", heads=3).config.gelu == "exact"
+    with pytest.raises(WeightsError, match="made with heads=6 and"):
+        create_model(NAME, tmp_path, **SMALL, gelu="exact")
+
+
 def test_sizes_classes_and_what_only_training_sees_may_differ(tmp_path: Path) -> None:
     saved(tmp_path, representation=24)
     changes = {**SMALL, "img_size": 48}

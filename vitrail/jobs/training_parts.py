@@ -72,7 +72,7 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
             say(Note(text=f"backbone: {line}", kind="receipt"))
     if run.pretrained is not None:
         path = folders.find(run.pretrained) or run.pretrained
-        receipt = loading.load_pretrained(model, path, replace_head=True)
+        receipt = loading.load_pretrained(model, path, replace_head=True, asked=read_fields(run.model_kwargs))
         known = model.card.labels
         if known is not None and tuple(known) != _called(model.card, data.classes):
             model.reset_classifier(len(data.classes))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -27,10 +27,13 @@ from vitrail.weights.reading import OWN
 logger = logging.getLogger(__name__)
 
 
-def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = False) -> adapter.Receipt:
+def load_pretrained(
+    model: Model, path: str | Path, *, replace_head: bool = False, asked: Collection[str] = ()
+) -> adapter.Receipt:
     """Load a model folder or a weight file of any of the family's layouts into a model.
 
     replace_head: whether a head of another class count may be left out, so that the model keeps its own.
+    asked: fields of its configuration that were asked for, and may contradict the folder.
     Class names and preprocessing of a model folder come along, as far as it tells them; names only where the head does.
 
     Raises WeightsError that names what does not fit, or what the folder says that the model does not compute; the
@@ -40,7 +43,7 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
     tensors, card, sha256 = read(path, averaged=getattr(module, "AVERAGED", False))
     if card is not None and card.architecture and card.config:
         _check_family(model, module, card, path)
-        meaning.check(model.name, model.config, card, path, getattr(module, "MEANING", ()))
+        meaning.check(model.name, model.config, card, path, getattr(module, "MEANING", ()), asked)
     state, receipt = adapter.read(
         tensors,
         module.RENAMES,
@@ -53,7 +56,7 @@ def load_pretrained(model: Model, path: str | Path, *, replace_head: bool = Fals
         candidates=lambda: candidates(skip=model.name),
     )
     if card is not None:
-        meaning.check(model.name, model.config, card, path)
+        meaning.check(model.name, model.config, card, path, asked=asked)
     _check_numbers(model, state, path)
     model.load_state_dict(state, strict=False)
     model.receipt = receipt

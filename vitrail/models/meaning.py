@@ -108,24 +108,33 @@ def differences(name: str, config: Any, card: Card) -> list[Difference]:
     ]
 
 
-def check(name: str, config: Any, card: Card, path: object, fields: Collection[str] | None = None) -> None:
+def check(
+    name: str,
+    config: Any,
+    card: Card,
+    path: object,
+    fields: Collection[str] | None = None,
+    asked: Collection[str] = (),
+) -> None:
     """Refuse weights of a network that computes something else with the same tensors.
 
     What the configuration changes of its variant was asked for, and may differ; the family's MEANING may not.
 
     Args:
         fields: compare these alone.
+        asked: fields that were asked for by name, also where that is what the variant has.
 
     Raises:
         WeightsError: the folder's config.json contradicts the configuration; names fields, both values, the cure.
     """
     module = registry.family_of(name)
     usual, have = _silent(to_dict(registry.variant(name))), _silent(to_dict(config))
-    asked = {field for field in have if have[field] != usual.get(field)} - set(getattr(module, "MEANING", ()))
+    changed = {field for field in have if have[field] != usual.get(field)}
+    free = (changed | set(asked)) - set(getattr(module, "MEANING", ()))
     wrong = [
         found
         for found in differences(name, config, card)
-        if found.field not in asked and (fields is None or found.field in fields)
+        if found.field not in free and (fields is None or found.field in fields)
     ]
     if not wrong:
         return

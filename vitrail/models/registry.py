@@ -139,7 +139,8 @@ def create_model(
     if path:
         from vitrail.models.loading import load_pretrained
 
-        logger.info(load_pretrained(model, path, replace_head=num_classes is not None).summary())
+        receipt = load_pretrained(model, path, replace_head=num_classes is not None, asked=changes)
+        logger.info(receipt.summary())
     return model
 
 
