@@ -55,7 +55,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def records(model: Path, pictures: list[str], **settings: Any) -> list[Prediction]:
-    found = list(predict(PredictRun(model=str(model), images=tuple(pictures), engine="torch", **settings)))
+    run = PredictRun(
+        model=str(model), images=tuple(pictures), engine="torch", **{"precision": "fp32", **settings}
+    )
+    found = list(predict(run))
     assert all(isinstance(record, Prediction) and record.error is None for record in found)
     return found  # type: ignore[return-value]
 

@@ -21,6 +21,10 @@ LARGEST = 1_900_000_000
 """Bytes of weights that go into one file; protobuf ends at 2 GiB."""
 
 
+LOST = 1e-8
+"""Constants up to this size torch's ONNX optimiser takes for 0, and leaves out where they are added: T2T-ViT's guard."""
+
+
 def write_onnx(program: Program, path: Path, label: Label) -> None:
     """Translate a program and write it, with its label inside.
 
@@ -29,17 +33,20 @@ def write_onnx(program: Program, path: Path, label: Label) -> None:
     require("onnx", "onnxscript", extra="onnx")
     import torch
 
+    optimize = not adds_next_to_nothing(program.exported)
     with quiet():
         made: Any = torch.onnx.export(
             program.exported,
             program.example,
             dynamo=True,
-            optimize=True,
+            optimize=optimize,
             verbose=False,
             input_names=list(program.inputs),
             output_names=list(program.outputs),
         )
     model = made.model
+    if not optimize:
+        _fold(model)
     model.metadata_props[KEY] = label.to_text()
     model.doc_string = description(program, label)
     _name_sizes(model, program.free_size)
@@ -47,6 +54,25 @@ def write_onnx(program: Program, path: Path, label: Label) -> None:
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
     )
     made.save(str(path), external_data=weights > LARGEST)
+
+
+def adds_next_to_nothing(exported: Any) -> bool:
+    """Whether a program adds or subtracts a constant that is not 0, and that the optimiser would leave out."""
+    return any(
+        node.op == "call_function"
+        and str(node.target).startswith(("aten.add.", "aten.sub.", "aten.add_.", "aten.sub_.", "aten.rsub."))
+        and any(isinstance(value, float) and 0 < abs(value) <= LOST for value in node.args)
+        for node in exported.graph.nodes
+    )
+
+
+def _fold(model: Any) -> None:
+    """What the optimiser does that cannot lose a summand: constants are computed ahead, and what is unused goes."""
+    from onnxscript import optimizer
+
+    optimizer.inline(model)
+    optimizer.fold_constants(model)
+    optimizer.remove_unused_nodes(model)
 
 
 def description(program: Program, label: Label) -> str:
