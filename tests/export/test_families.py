@@ -45,7 +45,7 @@ def tiny(family: str) -> Any:
 
 @pytest.mark.usefixtures("unchecked")
 def test_a_guard_of_a_hundred_millionth_is_not_left_out(tmp_path: Path) -> None:
-    """T2T-ViT divides by sums + 1e-8, which torch's ONNX optimiser takes for sums + 0: it counts where sums are small."""
+    """T2T-ViT divides by sums + 1e-8, which torch's ONNX optimiser takes for sums + 0. Small sums show it."""
     pytest.importorskip("onnxruntime")
     model = tiny("t2t")
     assert model.config.tokens == "performer"

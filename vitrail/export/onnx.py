@@ -22,7 +22,7 @@ LARGEST = 1_900_000_000
 
 
 LOST = 1e-8
-"""Constants up to this size torch's ONNX optimiser takes for 0, and leaves out where they are added: T2T-ViT's guard."""
+"""Constants up to this size, which torch's ONNX optimiser takes for 0 and does not add: T2T-ViT's guard."""
 
 
 def write_onnx(program: Program, path: Path, label: Label) -> None:
