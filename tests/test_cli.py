@@ -86,6 +86,21 @@ def test_no_words_and_help_list_every_command(capsys: pytest.CaptureFixture[str]
         assert all(f"  {command.name} " in text for command in COMMANDS)
 
 
+def test_the_first_of_two_words_has_help_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("vitrail data check ") and "usage" not in out
+    assert "data needs a second word: data check" in fails(capsys, "data")
+
+
+def test_the_doctor_names_each_package_once() -> None:
+    from vitrail.jobs.doctor import doctor
+    from vitrail.runs import DoctorRun
+
+    names = [finding.name for finding in doctor(DoctorRun())]
+    assert len(names) == len(set(names)) and {"torch", "timm", "onnx"} <= set(names)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert answers(capsys, "--version").startswith("vitrail 0")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ class Runtime:
             return model
         if not any(parameter.requires_grad for parameter in model.parameters()):
             return model
+        # convolutions whose maps lie channels last have gradients of other strides, which are copied: no fault
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         devices = [self.device] if self.device.type == "cuda" else None
         wrapped = nn.parallel.DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
         return cast(nn.Module, wrapped)

@@ -13,6 +13,7 @@ from vitrail.explain.explainer import Explainer
 from vitrail.explain.faithfulness import (
     FILLS,
     MAY_BE_CHANCE,
+    TOO_FEW,
     Score,
     better_by_chance,
     centre_map,
@@ -145,6 +146,15 @@ def test_a_method_that_knows_nothing_gets_a_warning() -> None:
     assert warnings["noise"] == "no better than a random map"
     assert warnings["weak"] == "no better than pointing at the middle"
     assert warnings["close"] == MAY_BE_CHANCE
+
+
+@pytest.mark.parametrize(("count", "proved"), [(1, False), (6, False), (7, True)])
+def test_a_few_pictures_that_agree_prove_no_more_than_their_signs(count: int, proved: bool) -> None:
+    assert better_by_chance(torch.full((count,), 0.3)) == pytest.approx(max(0.5**count, 1e-4), rel=0.01)
+    ahead, level = ([Score(deletion=0.1, insertion=value)] * count for value in (0.9, 0.1))
+    rows = standings({"good": ahead, "random": level, "centre": level}, "mean")
+    (good,) = (row for row in rows if row.method == "good")
+    assert good.warning == ("" if proved else TOO_FEW)
 
 
 def test_removing_tokens_is_running_without_them() -> None:

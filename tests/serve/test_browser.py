@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -213,6 +216,70 @@ def test_the_story_of_either_model_is_told(browser: Any, service: Running) -> No
     page.close()
 
 
+DRAWN = """([canvas, slider, value]) => {
+  const kept = CanvasRenderingContext2D.prototype.drawImage, drawn = [];
+  CanvasRenderingContext2D.prototype.drawImage = function (image, ...places) {
+    if (this.canvas.id === canvas) drawn.push([image instanceof HTMLImageElement, ...places]);
+    return kept.call(this, image, ...places);
+  };
+  const e = document.getElementById(slider); e.value = value; e.dispatchEvent(new Event('input'));
+  CanvasRenderingContext2D.prototype.drawImage = kept;
+  return drawn;
+}"""
+
+
+@pytest.mark.parametrize(("side", "several"), [(64, 1), (128, 2)])
+def test_the_story_cuts_the_windows_that_the_network_reads(
+    browser: Any, tmp_path: Path, side: int, several: int
+) -> None:
+    """PVT v2's are 7 × 7, one every 4 pixels, and begin 3 before the picture; a fine grid goes several at a time."""
+    torch.manual_seed(0)
+    model = vitrail.create_model("pvt_v2_b0", num_classes=len(LABELS), img_size=(side, side))
+    wanted = dataclasses.replace(model.card.preprocessing, input_size=(side, side))
+    model.card = dataclasses.replace(model.card, labels=LABELS, preprocessing=wanted)
+    model.save_pretrained(tmp_path / "pvt")
+    with running(str(tmp_path / "pvt")) as service:
+        page = Page(browser, service)
+        page.show(picture(3, (side, side)))
+        whole = page.page.evaluate(DRAWN, ["stage", "time", 50])
+        assert [len(places) for _, *places in whole] == [4]  # one picture, and nothing cut of it yet
+        step, long = 4 * several, 7 + 4 * (several - 1)
+        pieces = [
+            [column * step - 3, row * step - 3, long, long]
+            for row in range(side // step)
+            for column in range(side // step)
+        ]
+        begun, cut = (
+            page.page.evaluate(DRAWN, ["stage", "time", 101]),
+            page.page.evaluate(DRAWN, ["stage", "time", 235]),
+        )
+        assert [places[:4] for _, *places in begun] == [places[:4] for _, *places in cut] == pieces
+        assert f"{side // 4} × {side // 4} windows of 7 × 7 pixels, one every 4 pixels" in page.text("#scene")
+        # At first each lies over its own pixels, as large as those are drawn; at last none touches another.
+        x, y, shown, _ = whole[0][1:]
+        zoom = shown / side
+        for (left, top, wide, _), (_, *places) in zip(pieces, begun, strict=True):
+            assert places[4:6] == pytest.approx([x + left * zoom, y + top * zoom], abs=0.5)
+            assert places[6] == pytest.approx(wide * zoom, abs=0.5)
+        across = [places[4:] for _, *places in cut[: side // step]]
+        assert all(one[0] + one[2] < other[0] for one, other in itertools.pairwise(across))
+        # A layer's cells lie where the attention's do: stage 1 begins 1.5 pixels before the picture.
+        (first,) = [
+            places for _, *places in page.page.evaluate(DRAWN, ["stage", "time", 601]) if places[:2] == [0, 0]
+        ]
+        assert first[6:8] == pytest.approx([2.5 * zoom, 2.5 * zoom], abs=1)
+        # Attention is laid over the whole picture too: the outermost cells go on to its border.
+        laid = [
+            places[4:] for image, *places in page.page.evaluate(DRAWN, ["looks", "layer", 0]) if not image
+        ]
+        wide, high = page.page.evaluate(
+            "(({width, height}) => [width, height])(document.getElementById('looks'))"
+        )
+        assert (min(x for x, *_ in laid), min(y for _, y, *_ in laid)) == (0, 0)
+        assert (max(x + w for x, _, w, _ in laid), max(y + h for _, y, _, h in laid)) == (wide, high)
+        page.close()
+
+
 def test_patches_are_looked_at_by_mouse_and_keyboard(browser: Any, service: Running) -> None:
     page = Page(browser, service)
     page.show(picture(4, (64, 64)))
@@ -272,15 +339,47 @@ def test_everything_drawn_can_be_saved(browser: Any, service: Running, tmp_path:
 
 def test_a_refusal_is_told_in_words(browser: Any, service: Running) -> None:
     page = Page(browser, service)
-    page.page.set_input_files(
-        "#file", {"name": "a.gif", "mimeType": "image/gif", "buffer": b"GIF89a" + b"\0" * 40}
-    )
-    page.page.wait_for_selector("#status:has-text('JPEG, PNG or WebP')")
-    page.show(picture(7))
-    assert page.text("#status") == ""
+    wrong = {
+        "no picture of these": (b"GIF89a" + b"\0" * 40, "JPEG, PNG or WebP"),
+        "a text called picture.png": (b"no picture\n" * 100, "JPEG, PNG or WebP"),
+        "cut off": (picture(7)[:300], "damaged or cut off"),
+        "a file that is too large": (picture(7) + bytes(5 * 2**20), "larger than this service takes"),
+        "empty": (b"", "no picture"),
+    }
+    for data, words in wrong.values():
+        page.show(picture(7))
+        assert page.text("#status") == "" and page.page.locator("#verdict").is_visible()
+        page.page.set_input_files("#file", {"name": "picture.png", "mimeType": "image/png", "buffer": data})
+        page.page.wait_for_selector(f"#status:has-text('{words}')")
+        # Answers and reasons of the picture before would be read as this one's.
+        assert not page.page.locator("#results").is_visible()
+        # Nor is a frame shown of what the browser cannot draw either; half a PNG it can.
+        assert page.page.locator("#preview").is_visible() == data.startswith(b"\x89PNG")
     # The browser itself writes down that an answer was a refusal.
-    page.troubles = [trouble for trouble in page.troubles if "415" not in trouble]
+    page.troubles = [trouble for trouble in page.troubles if not re.search("41[35]|422|400", trouble)]
     page.close()
+
+
+def test_a_service_that_has_gone_is_told(browser: Any, folders: tuple[Path, Path]) -> None:
+    with running(str(folders[0])) as service:
+        page = Page(browser, service)
+        page.show(picture(7))
+    page.page.set_input_files("#file", {"name": "b.png", "mimeType": "image/png", "buffer": picture(8)})
+    page.page.wait_for_selector("#status:has-text('Is it still running?')")
+    assert not page.page.locator("#results").is_visible()
+    assert all("ERR_CONNECTION" in trouble for trouble in page.troubles)
+    page.page.close()
+
+
+@pytest.mark.parametrize("width", [320, 390])
+def test_a_long_name_of_a_model_has_room_on_a_phone(
+    browser: Any, folders: tuple[Path, Path], width: int
+) -> None:
+    with running(f"vit_tiny_patch16_224.imagenette-and-then-some={folders[0]}") as service:
+        page = Page(browser, service, viewport={"width": width, "height": 800})
+        page.show(picture(9, (64, 64)))
+        assert page.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        page.close()
 
 
 def test_all_is_reached_by_keyboard_and_named(browser: Any, service: Running) -> None:

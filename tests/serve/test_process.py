@@ -59,7 +59,7 @@ class Process:
         assert self.process.stderr
         for line in self.process.stderr:
             self.lines.append(line)
-            if found := re.match(r"serving http://127\.0\.0\.1:(\d+)", line):
+            if found := re.search(r'"serving http://127\.0\.0\.1:(\d+)"', line):
                 self.port = int(found.group(1))
                 self.ready.set()
         self.ready.set()
@@ -77,7 +77,7 @@ class Process:
         return code
 
     def log(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.lines if line.startswith("{")]
+        return [json.loads(line) for line in self.lines]  # with --log json, every line is one
 
 
 @contextmanager

@@ -7,9 +7,11 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -83,18 +85,33 @@ def answers_of(data: bytes) -> Iterator[Answer]:
         data = data[size:]
 
 
+class Hearing(logging.Handler):
+    """Calls with the URL when a line of the log says that the service is ready."""
+
+    def __init__(self, ready: Callable[[str], None]) -> None:
+        super().__init__()
+        self.ready = ready
+
+    def emit(self, record: logging.LogRecord) -> None:
+        told = getattr(record, "request", {})
+        if told.get("event") == "serving":
+            self.ready(told["url"])
+
+
 def test_every_line_of_the_log_is_one_object(
     folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With --log json: uvicorn's and asyncio's lines too, and of a broken request ours alone."""
+    """With --log json: where it serves and uvicorn's and asyncio's lines too, and of a broken request ours alone."""
     ours = logging.getLogger("vitrail")
-    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(
+        ours, "handlers", [Hearing(lambda url: threading.Thread(target=ask, args=(url,)).start())]
+    )
     monkeypatch.setattr(ours, "level", ours.level)
     asked: list[bytes] = []
 
-    def ask(told: str) -> None:
-        """Called when the service is ready, with the line that says where."""
-        address = told.split()[1].removeprefix("http://").split(":")
+    def ask(url: str) -> None:
+        """Called when the service is ready, with where it is."""
+        address = url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=10) as link:
             link.sendall(b"GARBAGE\r\n\r\n")
             asked.append(link.recv(65536))
@@ -102,15 +119,41 @@ def test_every_line_of_the_log_is_one_object(
         logging.getLogger("asyncio").error("said by asyncio")
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(
-        "vitrail.cli.serving.show.say", lambda told: threading.Thread(target=ask, args=(told,)).start()
-    )
     run = ServeRun(
         models=(str(folders[0]),), port=0, decoders=1, device="cpu", engine="torch", page=False, log="json"
     )
     assert serve(run) == 0
     told = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
     assert {"said by uvicorn", "said by asyncio"} <= {line["message"] for line in told}
+    (ready,) = [line for line in told if line.get("event") == "serving"]
+    assert ready["url"].startswith("http://127.0.0.1:") and ready["message"] == f"serving {ready['url']}"
+    assert ready["page"] is False
     assert [line["status"] for line in told if line.get("refused") == "bad_request"] == [400]
     assert not any("Invalid HTTP" in line["message"] for line in told) and b" 400 " in asked[0]
     assert logging.getLogger("uvicorn").propagate and not logging.getLogger("uvicorn").handlers
+
+
+@pytest.mark.parametrize("log", ["text", "json"])
+@pytest.mark.parametrize("wrong", ["no model", "no port", "no host"])
+def test_a_failed_start_is_told_in_the_form_of_the_log(
+    folders: tuple[Path, Path], tmp_path: Path, wrong: str, log: str
+) -> None:
+    """As a program, since the last words are the program's; the code is the same in either form."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        options, words = {
+            "no model": ([str(tmp_path / "nothing"), "--port", "0"], "nothing is no folder"),
+            "no port": ([str(folders[0]), "--port", str(port)], "choose another --port"),
+            "no host": ([str(folders[0]), "--port", "0", "--host", "0.0.0.0"], "--token-file is needed"),
+        }[wrong]
+        command = [sys.executable, "-m", "vitrail", "serve", *options, "--log", log, "--device", "cpu"]
+        ended = subprocess.run(
+            [*command, "--engine", "torch"], capture_output=True, text=True, timeout=120, check=False
+        )
+    lines = ended.stderr.splitlines()
+    assert ended.returncode == 2 and not ended.stdout and words in lines[-1]
+    if log == "text":
+        assert lines[-1].startswith("vitrail serve: ")
+        return
+    last = [json.loads(line) for line in lines][-1]
+    assert (last["event"], last["level"], last["code"]) == ("failed", "error", 2) and words in last["message"]

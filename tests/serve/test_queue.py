@@ -343,6 +343,28 @@ def test_other_class_names_are_another_version(tmp_path: Path) -> None:
         assert service.predict(picture()).json["version"] == second.json["version"]
 
 
+def test_other_preprocessing_alone_is_taken_over(tmp_path: Path) -> None:
+    """In a folder of transformers', preprocessor_config.json says how pictures are prepared, and nothing else does."""
+    folder = save_model(tmp_path / "model", 0)
+    config = json.loads((folder / "config.json").read_text())
+    del config["pretrained_cfg"]
+    (folder / "config.json").write_text(json.dumps(config))
+    told = folder / "preprocessor_config.json"
+    wanted = json.loads(told.read_text())
+    with running(f"it={folder}") as service:
+        first = service.predict(picture()).json
+        (folder / ".told").write_text(json.dumps({**wanted, "image_mean": [0.1, 0.1, 0.1]}))
+        os.replace(folder / ".told", told)
+        until(lambda: service.count("swaps_total", model="it", outcome="taken") == 1)
+        second = service.predict(picture()).json
+        assert second["version"] != first["version"] and second["results"] != first["results"]
+        offline = Predictor(folder, "torch", device="cpu")(picture())[0]
+        assert second["results"][0]["predictions"] == [guess.__dict__ for guess in offline.top]
+        told.write_text("{")  # no JSON any more
+        until(lambda: service.count("swaps_total", model="it", outcome="refused") == 1)
+        assert service.predict(picture()).json == second
+
+
 def test_the_quickest_engine_is_found_at_the_start_and_kept_in_a_swap(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

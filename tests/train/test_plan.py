@@ -42,6 +42,14 @@ def test_a_length_in_steps_is_planned_like_the_same_length_in_epochs() -> None:
     assert epochs.warmup_epochs == 5.0 and epochs.aa == "trivial"
 
 
+def test_split_weights_get_an_optimiser_that_can_train_them() -> None:
+    run, choices = choose(TrainRun(data=("x",), shard=True), CIFAR)
+    plain, _ = choose(TrainRun(data=("x",), opt="adamw"), CIFAR)
+    assert (run.opt, run.lr, run.momentum) == ("adamw", plain.lr, plain.momentum)
+    assert any("--shard" in choice.reason for choice in choices)
+    assert choose(TrainRun(data=("x",)), CIFAR)[0].opt == "muon"
+
+
 def test_what_was_given_is_never_changed() -> None:
     given = TrainRun(
         data=("x",), model="vit_small_patch16_224", lr=0.5, mixup=0.0, epochs=3, model_ema=0.0, crop="none"

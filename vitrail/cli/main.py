@@ -82,22 +82,32 @@ def main(arguments: Sequence[str]) -> int:
         if arguments[0] in ("-V", "--version"):
             print(f"vitrail {importlib.import_module('vitrail').__version__}")
             return 0
+        if arguments[1:2] in (["-h"], ["--help"]) and (several := beginning(arguments[0])):
+            print("\n".join(f"vitrail {command.name:<11} {command.summary}" for command in several))
+            return 0
         command, rest = choose(arguments)
         program = f"vitrail {command.name}"
         return run(command, rest)
-    except KeyboardInterrupt:
-        return _fail(program, "interrupted.", 130)
     except BrokenPipeError:
         # The reader of our output has gone (| head): nothing is left to say, nor anyone to say it to.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except VitrailError as error:
-        return _fail(program, str(error), error.exit_code)
-    except FILE_ERRORS as error:
-        return _fail(program, f"{error.filename or ''}: {error.strerror or error}.", 2)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        return _fail(program, *last_words(error))
+
+
+def last_words(error: BaseException) -> tuple[str, int]:
+    """What is said of an error that ends a command, in one line, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        words, code = "interrupted.", 130
+    elif isinstance(error, VitrailError):
+        words, code = str(error), error.exit_code
+    elif isinstance(error, FILE_ERRORS):
+        words, code = f"{error.filename or ''}: {error.strerror or error}.", 2
+    else:
         about = f"unexpected {type(error).__name__}: {error}"
-        return _fail(program, f"{about} (VITRAIL_DEBUG=1 shows where; a bug report is welcome).", 1)
+        words, code = f"{about} (VITRAIL_DEBUG=1 shows where; a bug report is welcome).", 1
+    return " ".join(words.split()), code
 
 
 def choose(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
@@ -107,11 +117,16 @@ def choose(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
             if command.name.split() == list(arguments[:count]):
                 return command, arguments[count:]
     names = [command.name for command in COMMANDS]
-    longer = [name for name in names if name.startswith(arguments[0] + " ")]
-    if longer:
-        raise ConfigError(f"{arguments[0]} needs a second word: {', '.join(longer)}.")
+    if several := beginning(arguments[0]):
+        longer = ", ".join(command.name for command in several)
+        raise ConfigError(f"{arguments[0]} needs a second word: {longer}.")
     near = suggestion(arguments[0], names) or f" The commands are: {', '.join(names)}."
     raise ConfigError(f"There is no command {arguments[0]!r}.{near}")
+
+
+def beginning(word: str) -> list[Command]:
+    """The commands of two words of which this is the first."""
+    return [command for command in COMMANDS if command.name.startswith(f"{word} ")]
 
 
 def run(command: Command, arguments: Sequence[str]) -> int:
@@ -161,5 +176,5 @@ def _fail(program: str, message: str, code: int) -> int:
         import traceback
 
         traceback.print_exc()
-    print(f"{program}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{program}: {message}", file=sys.stderr)
     return code

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vitrail.cli import show
+from vitrail.cli.main import last_words
 from vitrail.errors import UnsupportedError
 
 if TYPE_CHECKING:
@@ -35,17 +38,34 @@ class JsonLines(logging.Formatter):
 
 def serve(run: ServeRun) -> int:
     """Serve until told to stop; 1 when accepted requests were left without an answer."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines() if run.log == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logger = logging.getLogger("vitrail")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    if run.log != "json":
+        return _start(
+            run, lambda url: show.say(f"serving {url}" + ("  (the page is there too)" if run.page else ""))
+        )
+
+    def ready(url: str) -> None:
+        logger.info("serving %s", url, extra={"request": {"event": "serving", "url": url, "page": run.page}})
+
+    try:
+        return _start(run, ready)
+    except (Exception, KeyboardInterrupt) as error:
+        # Whoever collects the lines must not find one that is no JSON, least of all the one that says why.
+        words, code = last_words(error)
+        told = {"request": {"event": "failed", "code": code}}
+        logger.error("%s", words, extra=told, exc_info=bool(os.environ.get("VITRAIL_DEBUG")))
+        return code
+
+
+def _start(run: ServeRun, ready: Callable[[str], None]) -> int:
     try:
         from vitrail.serve.server import serve as start
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             f"vitrail serve needs {error.name}, which is not installed: pip install 'vitrail[serve]'."
         ) from None
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines() if run.log == "json" else logging.Formatter("%(asctime)s %(message)s"))
-    logger = logging.getLogger("vitrail")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    return start(
-        run, lambda url: show.say(f"serving {url}" + ("  (the page is there too)" if run.page else ""))
-    )
+    return start(run, ready)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from vitrail.data.finding import some
 from vitrail.data.image import decode
 from vitrail.data.transforms import Geometry, Preprocess, normalise
 from vitrail.engines.pytorch import TorchEngine
@@ -258,7 +259,8 @@ class Explainer:
             return self.labels.index(target)
         number = int(target) if isinstance(target, int) or target.isdecimal() else -1
         if not 0 <= number < len(self.labels):
-            near = suggestion(str(target), self.labels) or f" There are classes 0 to {len(self.labels) - 1}."
+            near = suggestion(str(target), self.labels)
+            near = near or f" It knows {some(self.labels)}, by number 0 to {len(self.labels) - 1}."
             raise ConfigError(f"{target!r} is no class of this model.{near}")
         return number
 

@@ -34,6 +34,13 @@ CONTROLS = ("random", "centre")
 """Maps that know nothing of the image: a new one by chance for each, and the distance from the middle."""
 
 MAY_BE_CHANCE = "its lead over the middle may be chance"
+TOO_FEW = "too few pictures to tell"
+UNSURE = frozenset((MAY_BE_CHANCE, TOO_FEW))
+"""Warnings that nothing is proved, where the others say that a method fails."""
+
+SURE = 0.01
+"""Up to this chance a lead counts."""
+
 """Said of a method that beats the random map surely, and the middle in the mean only."""
 
 
@@ -215,9 +222,12 @@ def interval(values: Float[Tensor, " n"], seed: int = 0, repeats: int = 2000) ->
 
 
 def better_by_chance(differences: Float[Tensor, " n"], seed: int = 0, repeats: int = 10_000) -> float:
-    """One-sided paired bootstrap: how often the resampled mean of the differences is not above 0."""
+    """One-sided paired bootstrap: how often the resampled mean of the differences is not above 0.
+
+    At least 2^-n for n images, what n signs that agree are worth: few images that are alike give narrow resamples.
+    """
     means = _resampled(differences, seed, repeats)
-    return (float((means <= 0).sum()) + 1) / (repeats + 1)
+    return max((float((means <= 0).sum()) + 1) / (repeats + 1), 0.5 ** len(differences))
 
 
 def _resampled(values: Tensor, seed: int, repeats: int) -> Tensor:
@@ -273,11 +283,13 @@ def standings(found: dict[str, list[Score]], fill: Fill) -> list[Standing]:
         p_random, p_centre = better_by_chance(lead), better_by_chance(ahead)
         warning = ""
         if name not in CONTROLS:
-            if p_random >= 0.01:
+            if 0.5 ** len(scores) >= SURE:
+                warning = TOO_FEW
+            elif p_random >= SURE:
                 warning = "no better than a random map"
             elif float(ahead.mean()) <= 0:
                 warning = "no better than pointing at the middle"
-            elif p_centre >= 0.01:
+            elif p_centre >= SURE:
                 warning = MAY_BE_CHANCE
         rows.append(
             Standing(

@@ -17,7 +17,7 @@ from vitrail.data.transforms import normalise
 from vitrail.explain.explainer import STEPS, Explainer, scored
 from vitrail.explain.faithfulness import (
     CONTROLS,
-    MAY_BE_CHANCE,
+    UNSURE,
     Fill,
     Interval,
     Score,
@@ -81,7 +81,7 @@ class Trial:
             if row.warning:
                 said.setdefault(row.warning, []).append(fill)
         failed = "; ".join(f"{warning} ({', '.join(fills)})" for warning, fills in said.items())
-        worst = "fails" if any(warning != MAY_BE_CHANCE for warning in said) else "not proved"
+        worst = "fails" if any(warning not in UNSURE for warning in said) else "not proved"
         return (f"**{worst}**: {failed}" if failed else "leads both controls") + blind
 
     def to_markdown(self) -> str:

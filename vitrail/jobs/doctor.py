@@ -95,15 +95,13 @@ def _packages() -> Iterator[Finding]:
     except importlib.metadata.PackageNotFoundError:
         yield Finding("packages", "note", "vitrail runs from its source, not installed", "pip install -e .")
         return
+    seen = {"torch", "torchvision", "vitrail"}
     for line in asked:
         needed = re.match(r"[\w.-]+", line)
         extra = re.search(r"extra == ['\"](\w+)['\"]", line)
-        if (
-            needed is None
-            or needed[0] in ("torch", "torchvision", "vitrail")
-            or (extra and extra[1] == "dev")
-        ):
+        if needed is None or needed[0] in seen or (extra and extra[1] == "dev"):
             continue
+        seen.add(needed[0])  # some packages stand in several extras
         name, version = needed[0], _version(needed[0])
         if version is not None:
             yield Finding(name, "ok", version)

@@ -208,6 +208,7 @@ def _length(run: TrainRun, facts: Facts) -> Iterator[Choice]:
 
 def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     images_in_a_step = (run.batch_size or 1) * run.grad_accum_steps
+    opt = run.opt or ("adamw" if run.shard or not _from_scratch(run) else "muon")
     if run.freeze == "backbone":
         yield Choice(
             fields={
@@ -220,22 +221,25 @@ def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
             reason="one linear layer",
         )
     elif _from_scratch(run):
-        yield Choice(fields={"opt": "muon"}, reason="in short runs from nothing it is ahead of AdamW")
+        if run.shard:
+            yield Choice(fields={"opt": "adamw"}, reason="--shard splits the matrices that Muon needs whole")
+        else:
+            yield Choice(fields={"opt": "muon"}, reason="in short runs from nothing it is ahead of AdamW")
         # Where an epoch has few steps and the network is narrow, large steps did better (docs/log.md, digits).
         muon = 1.4e-2 if facts.side <= 16 and facts.images < 5_000 else 2e-3
-        base = {"muon": muon, "adamw": 1e-3, "sgd": 0.05}[run.opt or "muon"]
+        base = {"muon": muon, "adamw": 1e-3, "sgd": 0.05}[opt]
         rate = _round(base * math.sqrt(images_in_a_step / 128))
         yield Choice(fields={"lr": rate}, reason=f"{base:g} at 128 images a step, times a root")
         yield Choice(fields={"weight_decay": 1e-4 if run.opt == "sgd" else 0.05, "layer_decay": 1.0})
     else:
-        base = {"muon": 2e-4, "adamw": 2e-4, "sgd": 0.01}[run.opt or "adamw"]
+        base = {"muon": 2e-4, "adamw": 2e-4, "sgd": 0.01}[opt]
         rate = _round(base * math.sqrt(images_in_a_step / 64))
         yield Choice(
             fields={"opt": "adamw", "lr": rate, "layer_decay": 0.75, "weight_decay": 0.05},
             reason="given weights are changed gently, those near the picture least",
         )
     yield Choice(fields={"sched": "cosine", "min_lr": 0.0, "clip_grad": 1.0})
-    momentum = 0.95 if (run.opt or "muon") == "muon" and _from_scratch(run) else 0.9
+    momentum = 0.95 if opt == "muon" and _from_scratch(run) else 0.9
     yield Choice(fields={"momentum": momentum, "betas": (0.9, 0.95 if _from_scratch(run) else 0.999)})
     warmup = min(5.0, _round(passes(run, facts) / 10))
     yield Choice(fields={"warmup_epochs": warmup}, reason="a tenth of the run, 5 at most")

@@ -39,7 +39,7 @@ from vitrail.runtime import choose_device
 from vitrail.tasks.classify import Classify
 from vitrail.tasks.draw_dense import index_png, palette
 from vitrail.weights.files import weight_files
-from vitrail.weights.folder import model_folder, read_card
+from vitrail.weights.folder import CONFIG, PREPROCESSOR, model_folder, read_card
 
 logger = logging.getLogger(__name__)
 
@@ -439,7 +439,9 @@ def stamp(folder: str) -> str:
     """What changes when the model in a folder is replaced: inode, size and time of its files. Empty when it is gone."""
     try:
         place = model_folder(folder)
-        files = [place / "config.json", *weight_files(place)]
+        files = [place / CONFIG, *weight_files(place)]
+        # In transformers' folders it alone says how pictures are prepared, and it need not be there.
+        files += [file for file in (place / PREPROCESSOR,) if file.exists()]
         return " ".join(
             f"{status.st_ino}:{status.st_size}:{status.st_mtime_ns}"
             for status in (file.stat() for file in files)

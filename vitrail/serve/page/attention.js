@@ -1,5 +1,5 @@
 // What every patch attends to and who attends to it, in every layer and head: by pointer, touch and keyboard.
-import { $, bytes, element, heat, load, percent } from "./drawing.js";
+import { $, bytes, edges, element, heat, layMap, load, percent } from "./drawing.js";
 
 const sum = (values) => values.reduce((a, b) => a + b, 0);
 const largest = (values) => values.reduce((best, value, at) => value > values[best] ? at : best, 0);
@@ -50,9 +50,11 @@ export class Attention {
     return context;
   }
 
+  edges(at) { return at.edges ??= edges([at.rows, at.columns], at.place, [this.data.height, this.data.width]); }
+
   box(at, row, column) {  // a cell of a layer's grid, in the canvas
-    const [scaleY, scaleX, shiftY, shiftX] = at.place;
-    return [(column * scaleX + shiftX) * this.zoom, (row * scaleY + shiftY) * this.zoom, scaleX * this.zoom, scaleY * this.zoom];
+    const [down, across] = this.edges(at), width = this.data.width * this.zoom, height = this.data.height * this.zoom;
+    return [across[column] * width, down[row] * height, (across[column + 1] - across[column]) * width, (down[row + 1] - down[row]) * height];
   }
 
   frame(context, at) {
@@ -63,9 +65,10 @@ export class Attention {
   }
 
   lay(id, at, values, words) {
-    const context = this.ground(id, true), most = Math.max(...values), [x, y, w, h] = this.box(at, 0, 0);
+    const context = this.ground(id, true), most = Math.max(...values);
     context.globalAlpha = .78;
-    context.drawImage(heat(values.map((value) => most ? 255 * value / most : 0), at.rows, at.columns, "looks"), x, y, w * at.columns, h * at.rows);
+    const map = heat(values.map((value) => most ? 255 * value / most : 0), at.rows, at.columns, "looks");
+    layMap(context, map, this.edges(at), [0, 0, context.canvas.width, context.canvas.height]);
     context.globalAlpha = 1;
     this.frame(context, at);
     this.words(id, words);

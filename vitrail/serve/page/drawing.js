@@ -42,6 +42,25 @@ export function heat(values, rows, columns, scale) {  // a small canvas, one pix
   return canvas;
 }
 
+// Where the rows and columns of a grid begin and the last ones end, in shares of the picture.
+export function places(grid, place, size) {
+  return grid.map((cells, axis) => Array.from({ length: cells + 1 }, (_, at) => (at * place[axis] + place[axis + 2]) / size[axis]));
+}
+
+// The same within the picture: the outermost go on to its border.
+export function edges(grid, place, size) {
+  return places(grid, place, size).map((found) => found.map((at, number) => number === 0 ? 0 : number === found.length - 1 ? 1 : Math.max(0, Math.min(1, at))));
+}
+
+// A map of one pixel a cell, each cell over its share of an area. The outermost differ in size, so it goes in up to nine parts.
+export function layMap(context, map, [down, across], [x, y, w, h], ratio = 1) {
+  const whole = (place) => Math.round(place * ratio) / ratio;  // no seams between the parts
+  const parts = (places, start, side) => [...new Set([0, 1, places.length - 2, places.length - 1])].sort((a, b) => a - b)
+    .map((from, at, all) => [from, all[at + 1] - from, whole(start + places[from] * side), whole(start + places[all[at + 1]] * side)]).slice(0, -1);
+  for (const [top, high, upper, lower] of parts(down, y, h)) for (const [left, wide, begin, end] of parts(across, x, w))
+    context.drawImage(map, left, top, wide, high, begin, upper, end - begin, lower - upper);
+}
+
 export async function load(url) {
   const image = new Image();
   image.src = url;

@@ -53,7 +53,7 @@ async function ask(file) {
   state.file = file;
   const url = URL.createObjectURL(file), image = $("preview");
   image.onload = () => { URL.revokeObjectURL(url); image.classList.toggle("coarse", image.naturalWidth < 100); };
-  image.onerror = () => URL.revokeObjectURL(url);
+  image.onerror = () => { URL.revokeObjectURL(url); if (state.file === file) image.parentElement.hidden = true; };
   image.src = url;
   image.parentElement.hidden = false;
   await answer();
@@ -76,10 +76,14 @@ async function answer() {
     if (reasons.length) showChoices(found.find((answer) => answer.model === reasons[0]));
     await Promise.all([reasons.length && explain(signal), stories.length && tell(signal)]);
     document.documentElement.dataset.shown = "yes";
-  } catch (error) { trouble(error); }
+  } catch (error) {
+    if (error.name !== "AbortError" && state.answered !== state.file) $("results").hidden = true;  // they are another picture's
+    trouble(error);
+  }
 }
 
 function showAnswers(found) {
+  state.answered = state.file;
   $("results").hidden = false;
   const best = found.map((answer) => answer.results[0]);
   const words = best.map((record, at) => `${found[at].model} ${verdict(record)}`);

@@ -1,6 +1,6 @@
 // The story of one picture: cut into patches, patches into tokens, tokens through the blocks, and the class at the end.
 // Everything drawn was computed by the network for this picture; nothing is made up for show.
-import { $, bytes, colour, css, heat, load, percent, still } from "./drawing.js";
+import { $, bytes, colour, css, edges, heat, layMap, load, percent, places, still } from "./drawing.js";
 
 const MOST_PIECES = 784;  // finer grids are drawn in coarser pieces, or nothing could be told apart
 const TONES = 16;  // colour cells of a token's bar
@@ -23,9 +23,14 @@ export class Story {
     const data = told.trace, first = data.stages[0];
     this.told = told; this.data = data;
     this.image = await load(data.image);
-    [this.rows, this.columns] = first.grid;
-    while (this.rows * this.columns > MOST_PIECES) { this.rows = Math.ceil(this.rows / 2); this.columns = Math.ceil(this.columns / 2); }
+    this.size = [data.height, data.width];
+    this.several = 1;  // rows and columns of cells that are drawn as one piece
+    while (Math.ceil(first.grid[0] / this.several) * Math.ceil(first.grid[1] / this.several) > MOST_PIECES) this.several *= 2;
+    [this.rows, this.columns] = first.grid.map((cells) => Math.ceil(cells / this.several));
     this.count = this.rows * this.columns;
+    const pieces = (places) => places.filter((_, at) => at % this.several === 0 || at === places.length - 1);
+    this.edges = edges(first.grid, data.place, this.size).map(pieces);
+    this.apart = places(first.grid, data.place, this.size).map(pieces);  // of one size, to be shown with what hangs over
     this.bars = this.tokenBars(first);
     this.layers = data.layers.map((layer) => this.layer(layer));
     this.prefix = data.stages.find((stage) => stage.prefix.length)?.prefix ?? [];
@@ -33,23 +38,34 @@ export class Story {
     if (still()) this.seek(1); else this.play();
   }
 
-  tokenBars({ embeddings: { shape: [count, channels], data } }) {  // one column of colours a token
+  window(piece) {  // x, y, width, height of the pixels that a piece is made of: neighbours may share some, and it may hang over
+    const { data, several } = this, grid = data.stages[0].grid;
+    const [[y, h], [x, w]] = [Math.floor(piece / this.columns), piece % this.columns].map((number, axis) => {
+      const first = number * several, last = Math.min(grid[axis], first + several) - 1;
+      return [first * data.step[axis] + data.corner[axis], (last - first) * data.step[axis] + data.patch[axis]];
+    });
+    return [x, y, w, h];
+  }
+
+  tokenBars({ grid, embeddings: { shape: [, channels], data } }) {  // one column of colours a piece: of its first token
     const values = bytes(data), tones = Math.min(TONES, channels), columns = this.count;
     const out = new Float32Array(tones * columns);
     for (let token = 0; token < columns; token++) for (let tone = 0; tone < tones; tone++) {
-      const row = Math.floor(token * count / columns), from = Math.floor(tone * channels / tones);
+      const row = (Math.floor(token / this.columns) * grid[1] + token % this.columns) * this.several, from = Math.floor(tone * channels / tones);
       out[tone * columns + token] = values[row * channels + from];
     }
     return heat(out, tones, columns, "signed");
   }
 
   layer(layer) {
-    const [rows, columns] = layer.grid, made = { name: layer.name, map: heat(bytes(layer.component.data), rows, columns, "like"), lines: [], gaze: layer.gaze };
+    const [rows, columns] = layer.grid, made = { name: layer.name, map: heat(bytes(layer.component.data), rows, columns, "like"), lines: [], gaze: layer.gaze, place: layer.place };
+    made.edges = edges(layer.grid, layer.place, this.size);
     if (layer.gaze) {
       const [h, w] = layer.gaze.grid, all = bytes(layer.gaze.data), mean = new Float32Array(h * w);
       all.forEach((value, at) => { mean[at % (h * w)] += value / layer.gaze.heads; });
       const most = Math.max(...mean) || 1;
-      made.lines = [...mean.keys()].sort((a, b) => mean[b] - mean[a]).slice(0, 14).map((at) => ({ y: (Math.floor(at / w) + .5) / h, x: (at % w + .5) / w, share: mean[at] / most }));
+      const middle = (number, axis) => Math.min(1, ((number + .5) * layer.place[axis] + layer.place[axis + 2]) / this.size[axis]);
+      made.lines = [...mean.keys()].sort((a, b) => mean[b] - mean[a]).slice(0, 14).map((at) => ({ y: middle(Math.floor(at / w), 0), x: middle(at % w, 1), share: mean[at] / most }));
     }
     return made;
   }
@@ -84,7 +100,7 @@ export class Story {
   words() {
     const { data, told, time } = this, { words } = data, first = data.stages[0], best = data.top[0];
     if (time < SCENES.cut[0]) return `The network sees ${data.height} × ${data.width} pixels of the picture.`;
-    if (time < SCENES.tokens[0]) return `${words.cut.startsWith("The image") ? "They are cut" : "They are seen"} as ${first.grid[0]} × ${first.grid[1]} ${words.pieces} of ${data.patch[0]} × ${data.patch[1]} pixels.`;
+    if (time < SCENES.tokens[0]) return `They are ${/ (cut|read) /.exec(words.cut)?.[1] ?? "seen"} as ${first.grid[0]} × ${first.grid[1]} ${words.pieces} of ${data.patch[0]} × ${data.patch[1]} pixels${data.far}${this.several > 1 ? `; here ${this.several} × ${this.several} of them go together` : ""}.`;
     if (time < SCENES.prefix[0]) return `${words.made}: ${first.channels} numbers each, here in colours.`;
     if (time < SCENES.blocks[0]) return this.prefix.length ? `${this.prefix.join(" and ")} ${this.prefix.length > 1 ? "are" : "is"} put in front; nothing of the picture is in ${this.prefix.length > 1 ? "them" : "it"} yet.` : `${words.blocks}.`;
     if (time < SCENES.end[0] && this.layers.length) {
@@ -116,10 +132,11 @@ export class Story {
     if (this.time >= SCENES.end[0]) this.drawEnd(context, at);
   }
 
-  cell(square, piece, apart = 0) {  // where a piece lies in the picture, with a gap between pieces
-    const row = Math.floor(piece / this.columns), column = piece % this.columns, w = square.w / this.columns, h = square.h / this.rows;
-    const grow = 1 + .16 * apart, middleX = square.x + square.w / 2, middleY = square.y + square.h / 2;
-    return [middleX + (square.x + column * w - middleX) * grow, middleY + (square.y + row * h - middleY) * grow, w, h];
+  cell(square, piece, [rows, columns] = this.edges, apart = 0) {  // where a piece lies in the picture, with a gap between pieces
+    const row = Math.floor(piece / this.columns), column = piece % this.columns, grow = 1 + .16 * apart;
+    const along = (start, side, from, to) => [start + side / 2 + (from - .5) * side * grow, (to - from) * side];
+    const [x, w] = along(square.x, square.w, columns[column], columns[column + 1]), [y, h] = along(square.y, square.h, rows[row], rows[row + 1]);
+    return [x, y, w, h];
   }
 
   ribbon({ w, h }, piece) {  // where a token lies in the lines of tokens
@@ -130,33 +147,41 @@ export class Story {
 
   drawPieces(context, at) {
     const { image, count } = this, cut = ease(between(this.time, SCENES.cut)), away = between(this.time, SCENES.tokens), back = between(this.time, SCENES.gather);
-    const first = this.layers[0], sx = image.width / this.columns, sy = image.height / this.rows;
+    const first = this.layers[0], [height, width] = this.size, { square } = at;
+    if (!cut) { context.drawImage(image, square.x, square.y, square.w, square.h); return; }
     for (let piece = 0; piece < count; piece++) {
       const go = ease(Math.max(0, Math.min(1, away * 1.9 - .9 * piece / count))), home = ease(Math.max(0, Math.min(1, back * 1.6 - .6 * piece / count)));
-      let [x, y, w, h] = mix(this.cell(at.square, piece, cut), this.ribbon(at, piece), go);
-      if (home) [x, y, w, h] = mix([x, y, w, h], this.cell(at.square, piece), home);
-      const extra = cut || home ? 0 : .5;  // no seams while the picture is whole
+      // A piece starts over its own pixels. Where windows share some, each shrinks to its cell and takes all of them along.
+      const pixels = this.window(piece), over = [square.x + pixels[0] / width * square.w, square.y + pixels[1] / height * square.h, pixels[2] / width * square.w, pixels[3] / height * square.h];
+      let [x, y, w, h] = mix(mix(over, this.cell(square, piece, this.apart, 1), cut), this.ribbon(at, piece), go);
+      if (home) [x, y, w, h] = mix([x, y, w, h], this.cell(square, piece), home);
       context.globalAlpha = 1 - go;
-      if (go < 1) context.drawImage(image, piece % this.columns * sx, Math.floor(piece / this.columns) * sy, sx, sy, x, y, w + extra, h + extra);
+      if (go < 1) context.drawImage(image, ...pixels, x, y, w, h);
       context.globalAlpha = go * (1 - home);
       if (go && home < 1) context.drawImage(this.bars, piece, 0, 1, this.bars.height, x, y, w, h);
       context.globalAlpha = home;
-      if (home && first) this.tile(context, first.map, piece, x, y, w, h);
+      if (home && first) this.tile(context, first, piece, x, y, w, h);
     }
     context.globalAlpha = 1;
   }
 
-  tile(context, map, piece, x, y, w, h) {
-    const row = (Math.floor(piece / this.columns) + .5) / this.rows * map.height, column = (piece % this.columns + .5) / this.columns * map.width;
-    context.drawImage(map, Math.floor(column), Math.floor(row), 1, 1, x, y, w + .5, h + .5);
+  tile(context, { map, place }, piece, x, y, w, h) {  // the cell of a layer's map over the middle of a piece
+    const [row, column] = [[Math.floor(piece / this.columns), map.height], [piece % this.columns, map.width]].map(([number, cells], axis) => {
+      const middle = (this.edges[axis][number] + this.edges[axis][number + 1]) / 2 * this.size[axis];
+      return Math.max(0, Math.min(cells - 1, Math.floor((middle - place[axis + 2]) / place[axis])));
+    });
+    context.drawImage(map, column, row, 1, 1, x, y, w + .5, h + .5);
   }
 
-  drawBlocks(context, { square }) {
+  lay(context, { map, edges }, { square, ratio }) { layMap(context, map, edges, [square.x, square.y, square.w, square.h], ratio); }
+
+  drawBlocks(context, at) {
+    const { square } = at;
     if (!this.layers.length) { context.drawImage(this.image, square.x, square.y, square.w, square.h); return; }
     const place = between(this.time, SCENES.blocks) * this.layers.length, number = Math.min(this.layers.length - 1, Math.floor(place)), share = ease(Math.min(1, 2.5 * (place - number)));
-    if (number) context.drawImage(this.layers[number - 1].map, square.x, square.y, square.w, square.h);
+    if (number) this.lay(context, this.layers[number - 1], at);
     context.globalAlpha = number ? share : 1;
-    context.drawImage(this.layers[number].map, square.x, square.y, square.w, square.h);
+    this.lay(context, this.layers[number], at);
     context.globalAlpha = 1;
   }
 
