@@ -227,7 +227,7 @@ class PredictRun:
     draw: str | None = None
     """Boxes and masks: folder for drawings, and for masks as index PNGs; by default predictions."""
     format: Literal["table", "json", "jsonl", "csv", "coco"] = "table"
-    """How the result is printed; coco is for boxes: COCO's result list."""
+    """How the result is printed; coco is for boxes: COCO's json, each box with its score."""
     output: str | None = None
     """File for the result, instead of the terminal."""
     batch_size: int = 32

@@ -90,6 +90,10 @@ def test_a_box_is_asked_for_what_it_is_by_its_overlap() -> None:
     own = output.logits[0, 3].softmax(dim=0)[:-1]
     assert bool((answer[:-1] * 1.001 + 1e-6 >= own * min(1.0, 1 / float(answer[:-1].sum() + 1e-9))).all())
     assert float(answer.sum()) == pytest.approx(1.0, abs=1e-3)
+    found = explainer(picture(), method="occlusion")
+    assert found.prediction.top[0].score == pytest.approx(
+        found.score
+    )  # what is left for "nothing" is not shared out
     asked.question = BoxQuestion(torch.tensor([5.0, 5.0, 6.0, 6.0]))  # nowhere near
     assert float(asked.answer(output)[0, -1].exp()) == pytest.approx(1.0, abs=1e-3)
 

@@ -366,6 +366,14 @@ def test_a_panoptic_networks_segments_are_told_and_drawn(boxes: str, tmp_path: P
         go(of_boxes(boxes, tmp_path / "run", model="detr_resnet50_panoptic"))
 
 
+def test_scores_in_bf16_are_the_same_again_to_the_last_digit(masks: str, tmp_path: Path) -> None:
+    trained, _ = go(record(masks, tmp_path / "run", epochs=2, precision="bf16"))
+    run = EvaluateRun(model=str(trained.model), data=(masks,), ignore=(11,), engine="torch", precision="bf16")
+    again = evaluate(run)
+    assert again.scores == trained.scores["val"] and 0 < again.scores["miou"] < 1
+    assert len(again.notes) == len(set(again.notes))
+
+
 def test_balance_weighs_pixels_of_rare_classes_by_how_rare_they_are(masks: str, tmp_path: Path) -> None:
     run = record(masks, tmp_path)
     data = open_data(run, lambda _: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Sequence
@@ -360,7 +361,12 @@ class Explainer:
             wanted, region = region_question(asked, output, wanted, self.labels)
         answer = asked.answer(output)[:, : len(self.labels)]
         rest = self._answered(answer, wanted, name)
-        return rest._replace(score=float(answer[0].exp()[wanted]), outline=outline, region=region)
+        shares = (
+            answer[0].exp().tolist()
+        )  # as they are: "nothing there" has the rest, which no softmax may share out
+        top = tuple(dataclasses.replace(guess, score=shares[guess.index]) for guess in rest.prediction.top)
+        prediction = dataclasses.replace(rest.prediction, top=top)
+        return Subject(wanted, shares[wanted], prediction, outline, region)
 
     def _scores(
         self, images: Tensor, heat: Heat, target: int, seed: int

@@ -63,7 +63,7 @@ def score(
     """
     splits, notes = open_for(engine, run.data, run.model, run.ignore, run.reduce_zero, whole=whole)
     source, split, more = choose_split(splits)
-    notes += [note for note in [*splits.notes, *more] if note not in notes]
+    notes = list(dict.fromkeys([*notes, *splits.notes, *more]))
     if engine.card.config.get("masks"):
         notes.append("the boxes of this panoptic network are scored; its segments are not")
     source, more = in_models_order(source, engine)

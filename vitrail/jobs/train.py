@@ -19,6 +19,7 @@ from vitrail.data.mix import Mix
 from vitrail.data.sources import Source
 from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
+from vitrail.engines.pytorch import in_float32
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.evaluate import evaluate
 from vitrail.jobs import plan as plans
@@ -264,8 +265,10 @@ class _Job:
 
         def forward(images: Tensor, *padding: Tensor) -> Any:
             there = [where.to(self.runtime.device) for where in padding]
+            # as an engine does it: with channels last, or with answers in bf16, the last digits are others
+            pixels = normalise(images.to(self.runtime.device), self.preprocessing, padding=(*there, None)[0])
             with self.runtime.autocast():
-                return model(self._inputs(images, *there), *there)
+                return in_float32(model(pixels, *there))
 
         loader = pictures.batches_in_order(self.run, source, self.preprocessing, self.runtime, shared)
         total = self.runtime.sum_tensor if shared else None
