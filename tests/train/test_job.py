@@ -345,7 +345,10 @@ def test_test_pictures_choose_nothing(data: Path, tmp_path: Path) -> None:
             "with a drop_path above 0",
         ),
         ({"patch_drop": 0.5, "freeze": "backbone"}, "sees whole pictures"),
-        ({"model": "swin_nano_patch2_32", "model_kwargs": (), "patch_drop": 0.5}, "needs whole maps"),
+        (
+            {"model": "swin_nano_patch2_32", "model_kwargs": (), "patch_drop": 0.5},
+            "do not: take one of those",
+        ),
         ({"model_kwargs": ("width",)}, "NAME=VALUE"),
         ({"model_kwargs": ("widht=16",)}, "width"),
         ({"img_size": (15,)}, "16|patch|divide"),

@@ -45,7 +45,10 @@ def predict(run: PredictRun) -> int:
         _table(found.task, records, top_k, run.output)
     if found.folder is not None:
         show.say(f"drawings: {found.folder}")
-    bad = sum(record.error is not None for record in records)
+    wrong = [record for record in records if record.error is not None]
+    bad = len(wrong)
+    for record in wrong if run.format == "table" else ():
+        show.say(f"error: {record.error}")
     if bad:
         show.say(f"{bad} of {len(records)} images could not be read.")
     return 1 if bad else 0
@@ -105,7 +108,7 @@ def _table(task: str, records: list[Any], top_k: int, output: str | None) -> Non
         cells = [[f"{s.label} {show.percent(s.share)}" for s in record.shares[:top_k]] for record in records]
     rows = []
     for record, own in zip(records, cells, strict=True):
-        line = [f"error: {record.error}"] if record.error else own
+        line = ["error"] if record.error else own  # the reason, which is long, stands below the table
         rows.append([record.source, *line, *[""] * (len(columns) - 1 - len(line))])
     if output is None:
         show.table(columns, rows)

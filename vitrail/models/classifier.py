@@ -124,7 +124,7 @@ class Classifier(Model):
         """Leave out a share of each picture's patches in the last stage while training, 0 for none (FLIP, 2212.00794;
         PatchDropout, 2208.07220): positions are added before, so what stays knows where it was.
 
-        Raises UnsupportedError where its blocks or the head need whole maps (windows, reductions, convolutions).
+        Raises UnsupportedError where its blocks or the head need all patches (windows, reductions, convolutions, heads that mix).
         """
         last = self._stages()[-1]
         able = isinstance(last, Stage) and last.blind and getattr(self.head, "pooling", "token") != "flatten"
@@ -133,7 +133,7 @@ class Classifier(Model):
         elif share:
             raise UnsupportedError(
                 "Patches can be left out where the last stage's blocks look at all tokens alike (ViT, DeiT, T2T-ViT,"
-                f" PiT, Performer); {self.name} needs whole maps: take one of those, or leave no patches out."
+                f" PiT, Performer); those of {self.name} do not: take one of those, or leave no patches out."
             )
 
     def set_distilled_training(self, on: bool = True) -> None:
