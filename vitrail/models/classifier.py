@@ -124,7 +124,7 @@ class Classifier(Model):
         """Leave out a share of each picture's patches in the last stage while training, 0 for none (FLIP, 2212.00794;
         PatchDropout, 2208.07220): positions are added before, so what stays knows where it was.
 
-        Raises UnsupportedError where its blocks or the head need all patches (windows, reductions, convolutions, heads that mix).
+        Raises UnsupportedError where its blocks or the head need all patches (windows, reductions, convolutions).
         """
         last = self._stages()[-1]
         able = isinstance(last, Stage) and last.blind and getattr(self.head, "pooling", "token") != "flatten"
