@@ -136,6 +136,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model(tmp_path_factory.mktemp("served") / "model")
 
 
+@pytest.mark.parametrize("seconds", [0.5, 1.5, 3.0, 5.0])
+def test_a_stop_of_the_whole_group_while_the_service_begins_is_no_failure(
+    folder: Path, seconds: float
+) -> None:
+    command = [sys.executable, "-m", "vitrail", "serve", str(folder), "--port", "0", "--log", "json"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0, said
+    assert any(json.loads(line)["message"].startswith("stopped") for line in said.splitlines()), said
+
+
 @pytest.mark.parametrize("number", range(5 * ROUNDS))
 def test_a_stop_under_load_loses_no_accepted_request(folder: Path, number: int) -> None:
     with serving(str(folder)) as process:

@@ -431,6 +431,28 @@ def test_a_decoder_that_cannot_be_started_is_told_at_the_start(
     asyncio.run(go())
 
 
+def test_a_forker_that_a_signal_ended_while_the_service_began_is_started_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fork, ended = Decoders._fork, [EOFError("unexpected EOF")]
+
+    def once(self: Decoders) -> Any:
+        if ended:
+            raise ended.pop()
+        return fork(self)
+
+    monkeypatch.setattr(Decoders, "_fork", once)
+
+    async def go() -> None:
+        pool = Decoders(2, Bounds(), lambda stage, value: None)
+        async with asyncio.timeout(30):
+            await pool.start()
+        assert len(pool.processes) == 2
+        await pool.close()
+
+    asyncio.run(go())
+
+
 @pytest.mark.parametrize("trouble", NO_FORKS, ids=["no process", "no forker"])
 def test_a_decoder_that_cannot_be_replaced_is_tried_again(
     small: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: Exception

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -62,6 +64,8 @@ def serve(run: ServeRun) -> int:
 
 
 def _start(run: ServeRun, ready: Callable[[str], None]) -> int:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _leave)  # until the service takes its signals: imports take seconds
     try:
         from vitrail.serve.server import serve as start
     except ModuleNotFoundError as error:
@@ -69,3 +73,9 @@ def _start(run: ServeRun, ready: Callable[[str], None]) -> int:
             f"vitrail serve needs {error.name}, which is not installed: pip install 'vitrail[serve]'."
         ) from None
     return start(run, ready)
+
+
+def _leave(number: int, frame: object) -> None:
+    """A stop before there was anything to stop."""
+    logging.getLogger("vitrail").info("stopped before it served")
+    sys.exit(0)

@@ -32,6 +32,8 @@ SLACK_SECONDS = 15.0
 """How much longer than its CPU time a picture may take by the clock, on a busy machine."""
 
 REFUSALS = {"damaged": "undecodable", "large": "picture_too_large", "costly": "costly"}
+TRIES = 3
+"""Starts of a process that may fail because the one that forks has ended, before the service gives up."""
 SLOWEST_RESTART = 5.0
 """Seconds between starts of a process that keeps dying before it has decoded anything."""
 
@@ -104,14 +106,16 @@ class Decoders:
 
     async def _keep(self, place: int, started: asyncio.Future[None]) -> None:
         """Keep one process alive for as long as the pool is."""
-        pause = 0.0
+        pause, tries = 0.0, 0
         while not self.closing:
             try:
                 process, link = await asyncio.to_thread(self._fork)
                 reader, writer = await asyncio.open_unix_connection(sock=link)
             except (OSError, EOFError) as error:
-                # No more processes or files at the moment; EOFError where the process that forks ended over it.
-                if not started.done():
+                # No more processes or files at the moment. EOFError where the process that forks ended over it: tried
+                # again, since a signal to the whole group, at a stop while the service begins, ends that one too.
+                tries += 1
+                if not started.done() and not (isinstance(error, EOFError) and tries < TRIES):
                     started.set_exception(
                         UserError(f"A decoder cannot be started: {error!r}. Free memory or processes.")
                     )
