@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from vitrail.cli import show
@@ -64,8 +65,24 @@ def serve(run: ServeRun) -> int:
 
 
 def _start(run: ServeRun, ready: Callable[[str], None]) -> int:
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _leave)  # until the service takes its signals: imports take seconds
+    with _stops_early():
+        return _served(run, ready)
+
+
+@contextlib.contextmanager
+def _stops_early() -> Iterator[None]:
+    """Have a stop be no failure until the service takes its signals: imports take seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are another's
+        return
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _served(run: ServeRun, ready: Callable[[str], None]) -> int:
     try:
         from vitrail.serve.server import serve as start
     except ModuleNotFoundError as error:
