@@ -16,7 +16,7 @@ from torch import Tensor
 
 import vitrail
 from vitrail.data.loader import Loader
-from vitrail.data.sources import open_source
+from vitrail.data.sources import open_splits
 from vitrail.data.transforms import Preprocess
 from vitrail.errors import ConfigError, DataError
 from vitrail.jobs.predict import free_name
@@ -155,7 +155,7 @@ def test_prediction_and_evaluation_show_the_network_the_same_bytes(
 ) -> None:
     pictures(3, "set/cat", seed=1)
     pictures(3, "set/dog", seed=2)
-    source = open_source([str(tmp_path / "set")], "all")
+    source = open_splits([str(tmp_path / "set")]).everything
     seen: dict[str, Tensor] = {}
     for batch in Loader(source, Preprocess(network.card.preprocessing), 4):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):

@@ -12,7 +12,7 @@ from pictures import encoded, noise
 
 from vitrail.data.cache import cached, decoded_bytes
 from vitrail.data.image import decode
-from vitrail.data.sources import Source, open_source
+from vitrail.data.sources import Source, open_splits
 from vitrail.errors import ImageError
 
 
@@ -22,7 +22,7 @@ def source(tmp_path: Path) -> Source:
         for number in range(6):
             data = encoded(noise(8 + number, 12, number), "JPEG")
             archive.writestr(f"{'ab'[number % 2]}/{number}.jpg", data[:60] if number == 3 else data)
-    return open_source([str(tmp_path / "set.zip")], "all")
+    return open_splits([str(tmp_path / "set.zip")]).everything
 
 
 def test_pixels_names_labels_and_faults_stay(source: Source) -> None:

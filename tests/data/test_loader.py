@@ -93,7 +93,7 @@ def test_epochs_differ_and_come_again() -> None:
     first, second = list(loader), list(loader)
     assert not same(first, second)
     assert sorted(torch.cat([batch.indices for batch in second]).tolist()) == list(range(24))
-    loader.set_epoch(0)
+    loader.resume(0)
     assert same(list(loader), first)
     assert loader.state() == {"epoch": 1, "position": 0}
 
@@ -112,7 +112,6 @@ def test_a_resume_goes_on_exactly(workers: int) -> None:
     assert state == {"epoch": 0, "position": 16}
     other = train_loader(source, workers=workers)
     other.resume(**state)
-    other.set_epoch(0)  # as a training loop says it
     assert same(taken + list(other), whole)
     loader.resume(**state)  # the same loader, left in the middle, goes on too
     assert same(list(loader), whole[2:])

@@ -14,7 +14,7 @@ import pytest
 from pictures import encoded, noise
 
 from vitrail.data.image import decode
-from vitrail.data.sources import Source, open_pictures, open_source, open_splits
+from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.errors import ConfigError, DataError, ImageError
 
 PICTURE = encoded(noise(8, 8), "JPEG")
@@ -82,7 +82,7 @@ def test_folders_and_archives_are_read_alike(
 
 @pytest.mark.parametrize("pack", [as_folder, as_zip, as_tar])
 def test_a_source_travels_to_another_process(pack: Callable[[Tree, Path], str], tmp_path: Path) -> None:
-    source = open_source([pack(pictures(a=2, b=2), tmp_path)], "all")
+    source = open_splits([pack(pictures(a=2, b=2), tmp_path)]).everything
     source.read(0)
     again: Source = pickle.loads(pickle.dumps(source))
     assert [again.read(index) for index in range(4)] == [source.read(index) for index in range(4)]
@@ -90,7 +90,7 @@ def test_a_source_travels_to_another_process(pack: Callable[[Tree, Path], str], 
 
 
 def test_the_index_is_small(tmp_path: Path) -> None:
-    source = open_source([as_zip(pictures(first_class=500, second_class=500), tmp_path)], "all")
+    source = open_splits([as_zip(pictures(first_class=500, second_class=500), tmp_path)]).everything
     assert len(pickle.dumps(source)) < 1000 * 150
 
 
@@ -164,7 +164,7 @@ def test_tables(tmp_path: Path) -> None:
     assert splits.val.labels.tolist() == [0]
     table.write_text("image_path,label\na/0.jpg,cat\nnone.jpg,dog\n")
     with pytest.raises(ImageError, match=r"none\.jpg: no such file"):
-        open_source([str(table)], "all").read(1)
+        open_splits([str(table)]).everything.read(1)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_the_digits_are_scikit_learns() -> None:
 
 
 def test_a_model_s_own_order_of_classes(tmp_path: Path) -> None:
-    source = open_source([as_zip(pictures(a=1, b=2), tmp_path)], "all")
+    source = open_splits([as_zip(pictures(a=1, b=2), tmp_path)]).everything
     turned = source.relabel(("c", "b", "a"))
     assert turned.labels.tolist() == [2, 1, 1]
     assert turned.counts() == {"c": 0, "b": 2, "a": 1}
@@ -225,10 +225,10 @@ def test_a_model_s_own_order_of_classes(tmp_path: Path) -> None:
 
 def test_the_fingerprint_tells_data_sets_apart(tmp_path: Path) -> None:
     tree = pictures(a=2, b=2)
-    one = open_source([as_zip(tree, tmp_path, "one.zip")], "all").fingerprint()
-    assert open_source([as_folder(tree, tmp_path)], "all").fingerprint() == one  # the same, packed or not
+    one = open_splits([as_zip(tree, tmp_path, "one.zip")]).everything.fingerprint()
+    assert open_splits([as_folder(tree, tmp_path)]).everything.fingerprint() == one  # the same, packed or not
     tree["b/1.jpg"] += b"more"
-    assert open_source([as_zip(tree, tmp_path, "two.zip")], "all").fingerprint() != one
+    assert open_splits([as_zip(tree, tmp_path, "two.zip")]).everything.fingerprint() != one
 
 
 def test_pictures_without_classes(tmp_path: Path) -> None:
@@ -282,15 +282,11 @@ def test_wrong_places_are_explained(tmp_path: Path) -> None:
             open_splits([str(tmp_path / name)])
     with pytest.raises(ConfigError, match="val_share"):
         open_splits(["digits"], val_share=1.0)
-    with pytest.raises(ConfigError, match="split must be"):
-        open_source(["digits"], "dev")
-    with pytest.raises(DataError, match="has no test pictures; it has no splits"):
-        open_source([as_zip(pictures(a=2, b=2), tmp_path)], "test")
 
 
 def test_a_damaged_archive_is_noticed(tmp_path: Path) -> None:
     path = Path(as_zip(pictures(a=2, b=2), tmp_path))
-    source = open_source([str(path)], "train", val_share=0.0)
+    source = open_splits([str(path)], val_share=0.0).everything
     data = bytearray(path.read_bytes())
     data[200] ^= 255  # within the first picture
     path.write_bytes(data)

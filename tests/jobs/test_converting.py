@@ -109,6 +109,15 @@ def test_a_folder_that_transformers_would_open_as_something_else_is_refused(
     run(tmp_path / "in", tmp_path / "out.safetensors", layout=layout)
 
 
+def test_a_layout_without_a_place_names_those_that_have_one(tmp_path: Path) -> None:
+    shrunk("pvt_v2_b0").save_pretrained(tmp_path / "in")
+    with pytest.raises(
+        WeightsError, match=r"no place for .* for every tensor: timm, original, transformers-v2\."
+    ):
+        run(tmp_path / "in", tmp_path / "out", layout="transformers")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_file_of_a_network_unlike_the_published_one_is_written_in_our_names(tmp_path: Path) -> None:
     model = shrunk("trans2seg_nano", numerics="clean")
     model.save_pretrained(tmp_path / "in")

@@ -1,12 +1,17 @@
-"""The list of networks tells the truth: its table of counts is recounted."""
+"""What is told of networks and files is true: the table of counts is recounted, a file's names are all told."""
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+from safetensors.torch import save_file
+
+from vitrail import create_model
 from vitrail.jobs import models
+from vitrail.jobs.info import info
 from vitrail.models import registry
-from vitrail.runs import ModelsRun
+from vitrail.runs import InfoRun, ModelsRun
 
 
 def test_the_table_holds_every_network_as_it_is_configured_now() -> None:
@@ -50,3 +55,11 @@ def test_patterns_select_by_shape_or_part() -> None:
         "vit_huge_patch14_224"
     ]
     assert all("patch32" in row.name for row in models.models(ModelsRun(pattern="patch32")))
+
+
+def test_a_file_that_several_networks_fit_is_told_with_all_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    save_file(create_model("vit_tiny_patch16_224", num_classes=2).state_dict(), path)
+    found = info(InfoRun(model=str(path)))
+    assert {found.model, *found.also} == {"vit_tiny_patch16_224", "deit_tiny_patch16_224"}
+    assert found.fit == 1.0

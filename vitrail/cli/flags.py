@@ -120,6 +120,8 @@ def complete(record: type[T], given: Mapping[str, Any], program: str) -> T:
 def _default_text(default: Any) -> str:
     if default is dataclasses.MISSING or default is None or default is False or default == ():
         return ""
+    if isinstance(default, tuple):
+        return " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in default)
     return "on" if default is True else str(default)
 
 

@@ -153,6 +153,7 @@ class Counter:
     def __init__(self, what: str, handler: Messages) -> None:
         self.what, self.handler = what, handler
         self.started = self.spoken = time.monotonic()
+        self.begun = False
         self.bar: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -179,8 +180,10 @@ class Counter:
             self.bar.update(self.task, completed=done, total=total)
             return
         now = time.monotonic()
-        if now - self.spoken >= self.PAUSE:
-            self.spoken = now
+        if now - self.spoken >= self.PAUSE or (
+            self.begun and done == total
+        ):  # what was begun is told to its end
+            self.spoken, self.begun = now, done != total
             of = f" of {total}" if total else ""
             rate = done / (now - self.started)
             speed = f"{rate:.1f} a second" if rate >= 0.5 or not done else f"{1 / rate:.0f} s each"

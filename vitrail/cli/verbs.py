@@ -288,6 +288,7 @@ def _card_rows(found: Info) -> list[list[str]]:
         rows += [
             ("layout", found.layout),
             ("fits", "" if found.fit is None else f"{found.fit:.1%} of the network's tensors"),
+            ("also fits", ", ".join(found.also) + " (the file cannot say which it is)" if found.also else ""),
             ("tensors", f"{found.tensors} ({found.bytes / 1e6:.1f} MB)"),
             ("sha256", found.sha256),
         ]

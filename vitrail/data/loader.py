@@ -176,11 +176,6 @@ class Loader:
         """Pictures of this epoch that were handed out, over all ranks."""
         return self._position
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch; its position is kept where it is the current one, else it starts anew."""
-        if epoch != self.epoch:
-            self.epoch, self._position = epoch, 0
-
     def state(self) -> dict[str, int]:
         """Where the data stands: the next batch is the first one after it. JSON-ready."""
         if self._position >= len(self) * self.batch_size:

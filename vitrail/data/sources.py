@@ -177,25 +177,6 @@ def _beside(paths: Sequence[str]) -> str:
     return f" (Beside lies {some(near)}: give it with --val, or name the folder around both.)" if near else ""
 
 
-def open_source(
-    paths: Sequence[str],
-    split: str,
-    *,
-    val: Sequence[str] = (),
-    val_share: float = 0.1,
-    seed: int = 0,
-) -> Source:
-    """One split of a data set: `train`, `val`, `test`, or `all`. Raises DataError where there is none."""
-    splits = open_splits(paths, val=val, val_share=val_share, seed=seed)
-    if split not in ("train", "val", "test", "all"):
-        raise ConfigError(f"split must be train, val, test or all, got {split!r}.")
-    source: Source | None = splits.everything if split == "all" else getattr(splits, split)
-    if source is None:
-        has = ", ".join(splits.given) or "no splits"
-        raise DataError(f"{some(paths)} has no {split} pictures; it has {has}.")
-    return source
-
-
 def open_pictures(paths: Sequence[str]) -> Source:
     """All pictures below folders and in archives, with no classes (labels -1), in a stable order."""
     stores = [open_store(str(path)) for path in paths]

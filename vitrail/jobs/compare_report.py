@@ -101,7 +101,7 @@ def cost_rows(prices: list[Price]) -> list[list[str]]:
     """The table of exponents: model, and the power of N by which each quantity grows at the largest sizes."""
     found = {name: exponents(prices, name) for name in QUANTITIES}
     return [
-        [model, *(f"{found[name][model]:.2f}" for name in QUANTITIES)]
+        [model, *(f"{found[name][model]:z.2f}" for name in QUANTITIES)]  # z: no minus before 0.00
         for model in sorted(found["multiply_adds"], key=lambda model: -found["multiply_adds"][model])
     ]
 

@@ -3,8 +3,8 @@ is read back to prove it."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +21,6 @@ from vitrail.runs import ConvertRun
 from vitrail.weights import adapter, files, folder, rules
 from vitrail.weights.card import Card
 from vitrail.weights.reading import OWN as OWN_NAMES
-
-logger = logging.getLogger(__name__)
 
 OWN = "vitrail"
 """The name under which users know the layout in which a model folder is written."""
@@ -83,7 +81,10 @@ def convert(run: ConvertRun) -> Converted:
     context = loading.context(module, config)
     target = Path(run.target)
     layout = _layout(run, name, config, context)
-    written = adapter.write(state, layout, context)
+    try:
+        written = adapter.write(state, layout, context)
+    except WeightsError as error:
+        raise WeightsError(f"{error}{_fitting(module, state, context)}") from error
     _prove(state, written, layout, context)
     if target.suffix in files.SUFFIXES:
         sha256 = files.write_tensors(target, written)
@@ -91,7 +92,6 @@ def convert(run: ConvertRun) -> Converted:
         library = layout.describe(name, config) if layout.describe is not None else {}
         sha256 = folder.save(target, written, _card(name, config, card, layout.name, receipt), library).sha256
     _check_written(target, written)
-    logger.info("wrote %s: %s in the layout %s", target, name, layout.name)
     return Converted(
         source=run.source,
         target=run.target,
@@ -261,6 +261,16 @@ def _layout(run: ConvertRun, name: str, config: Any, context: Mapping[str, Any])
     raise WeightsError(
         f"A file in the layout {layout.name!r} {layout.meaning}. Write a folder, whose config.json tells the network."
     )
+
+
+def _fitting(module: ModuleType, state: Mapping[str, Tensor], context: Mapping[str, Any]) -> str:
+    """A sentence that names the family's layouts with a place for every tensor; empty where there is none."""
+    fit = []
+    for layout in module.RENAMES:
+        with contextlib.suppress(WeightsError):
+            adapter.write(state, layout, context)
+            fit.append(layout.name)
+    return f" These have one for every tensor: {', '.join(fit)}." if fit else ""
 
 
 def _prove(

@@ -36,6 +36,8 @@ class Info:
     """Layout of the weights."""
     fit: float | None = None
     """Share of the network's tensors that a weight file holds, 0..1."""
+    also: tuple[str, ...] = ()
+    """Other networks that the file fits as well: the same tensors, other preprocessing or another computation."""
     tensors: int = 0
     bytes: int = 0
     """Size of the weights."""
@@ -43,7 +45,7 @@ class Info:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
-        plain = {name: value for name, value in to_dict(self).items() if value not in (None, "", {})}
+        plain = {name: value for name, value in to_dict(self).items() if value not in (None, "", {}, [])}
         if self.cost is not None:
             plain["cost"] = {"parameters": self.cost.parameters, "gflops": self.cost.gflops}
         return plain
@@ -92,12 +94,13 @@ def _of_folder(place: Path) -> Info:
 
 def _of_weights(place: Path, sha256: str) -> Info:
     tensors = files.read_tensors(place)
-    best = adapter.nearest(tensors, loading.candidates())
-    if best is None or best.share < 0.5:
+    likes = adapter.ranked(tensors, loading.candidates())
+    if not likes or likes[0].share < 0.5:
         names = ", ".join(list(tensors)[:3])
         raise WeightsError(
             f"{place} holds {len(tensors)} tensors ({names} ...) of no layout that vitrail knows."
         )
+    best = likes[0]
     module, config = registry.family_of(best.name), registry.variant(best.name)
     if getattr(module, "AVERAGED", False):
         tensors = files.read_tensors(place, averaged=True)
@@ -109,6 +112,7 @@ def _of_weights(place: Path, sha256: str) -> Info:
         described,
         layout=best.layout,
         fit=best.share,
+        also=tuple(like.name for like in likes[1:] if like[2:] == best[2:]),
         tensors=len(tensors),
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         sha256=sha256,

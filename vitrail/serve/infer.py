@@ -294,7 +294,6 @@ def _values(served: Served, found: list[Any]) -> dict[str, Any]:
 def _outputs(order: dict[str, Any], served: Served, found: list[Any]) -> Response:
     """The outputs that were asked for, in JSON or behind it."""
     values = _values(served, found)
-    everywhere = bool(_parameters(order).get("binary_data_output", False))
     wanted = order.get("outputs")
     everywhere = bool(_parameters(order).get("binary_data_output", False))
     if wanted is None:

@@ -178,8 +178,8 @@ def write(state: Mapping[str, Tensor], layout: Layout, context: Context | None =
         match = next(matches(layout, name, context or {}), None)
         if match is None:
             raise WeightsError(
-                f"The layout {layout.name!r} has no place for {name}; nothing was written. "
-                "Take another layout, or a model without this part."
+                f"The layout {layout.name!r} has no place for {name}; nothing was written: "
+                "take another layout, or a model without this part."
             )
         done.update(match.ours)
         for key, part in zip(match.theirs, _parts(state, match, layout, context or {}), strict=True):
