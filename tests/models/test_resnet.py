@@ -99,16 +99,19 @@ def test_a_backbone_answers_four_maps_and_blocks_know_their_depth() -> None:
     assert model.depth_of("head.linear.weight") == 9
 
 
-def test_recomputed_activations_give_the_same_gradient() -> None:
+def test_recomputed_activations_give_the_same_gradient_and_statistics() -> None:
     images = torch.randn(2, 3, 32, 32)
-    gradients = []
+    gradients, buffers = [], []
     for on in (False, True):
         torch.manual_seed(0)
         model = registry.from_config("resnet50", resnet.TINY).train()
         model.set_grad_checkpointing(on)
         model(images).sum().backward()
         gradients.append(model.backbone.stem.layers[0].conv.weight.grad)
+        buffers.append(dict(model.named_buffers()))
     assert torch.allclose(*gradients)
+    assert all(torch.equal(buffers[0][name], buffers[1][name]) for name in buffers[0])
+    assert buffers[1]["backbone.stages.0.blocks.0.layers.0.norm.num_batches_tracked"] == 1
 
 
 def test_convolutions_start_as_he_did_and_drop_path_rises() -> None:

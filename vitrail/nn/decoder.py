@@ -15,11 +15,11 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.errors import ModelError
 from vitrail.nn.attention import attend, attention_weights
 from vitrail.nn.block import Mlp
+from vitrail.nn.recompute import recomputed
 
 Order = Literal["post", "pre"]
 Bias = Float[Tensor, "_ _ _ _"]
@@ -177,7 +177,7 @@ class Encoder(nn.Module):
     ) -> Float[Tensor, "B N D"]:
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(layer, tokens, positions, bias, use_reentrant=False)
+                tokens = recomputed(layer, tokens, positions, bias)
             else:
                 tokens = layer(tokens, positions, bias)
         out: Tensor = self.norm(tokens)
@@ -210,7 +210,7 @@ class Decoder(nn.Module):
         kept: list[Tensor] = []
         for number, layer in enumerate(self.layers):
             if self.recompute and torch.is_grad_enabled():
-                content = checkpoint(layer, content, queries, memory, keys, bias, use_reentrant=False)
+                content = recomputed(layer, content, queries, memory, keys, bias)
             else:
                 content = layer(content, queries, memory, keys, bias)
             if self.training or number == len(self.layers) - 1:

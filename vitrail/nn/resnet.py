@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.nn.block import DropPath, drop_path_rates
+from vitrail.nn.recompute import recomputed
 from vitrail.nn.shapes import Features, Grid, Level
 from vitrail.nn.trunk import join
 
@@ -224,7 +224,7 @@ class ResidualStage(nn.Module):
     def forward(self, map: Map) -> Map:
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                map = checkpoint(block, map, use_reentrant=False)
+                map = recomputed(block, map)
             else:
                 map = block(map)
         return map

@@ -12,9 +12,9 @@ from typing import cast
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from vitrail.nn.block import Block, Branch, Mlp, ParallelBlock
+from vitrail.nn.recompute import recomputed
 from vitrail.nn.shapes import Features, Grid, Level
 
 
@@ -96,7 +96,7 @@ class Stage(nn.Module):
         tapped = []
         for number, block in enumerate(self.blocks):
             if self.recompute and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, grid, use_reentrant=False)
+                tokens = recomputed(block, tokens, grid)
             else:
                 tokens = block(tokens, grid)
             if number in self.taps:
