@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from vitrail.nn.position import Resampling, _resampled_by_products, resample_tab
 from vitrail.nn.shapes import Grid
 
 
-@pytest.mark.parametrize("method", ["bicubic", "bilinear", "aligned"])
+@pytest.mark.parametrize("method", get_args(Resampling))
 @pytest.mark.parametrize("new", [Grid(7, 5), Grid(14, 5), Grid(3, 9), Grid(24, 31)])
 def test_products_resample_as_torch_does(method: Resampling, new: Grid) -> None:
     old = Grid(7, 5)

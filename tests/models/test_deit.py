@@ -12,6 +12,7 @@ import torch
 from parity_table import measured
 from rebuild import agree, apart, built, parameters
 from safetensors.torch import save_file
+from torch.nn import functional
 
 from vitrail.errors import ModelError, WeightsError
 from vitrail.jobs.models import row
@@ -109,7 +110,8 @@ def test_gives_timms_logits_with_timms_weights(name: str, size: tuple[int, int],
         assert measured(apart(ours(images), theirs(images)), ours, theirs, size) < 1e-5
 
 
-def test_takes_timms_weights_at_another_size(tmp_path: Path) -> None:
+def test_takes_weights_at_another_size_as_the_authors_code_does(tmp_path: Path) -> None:
+    """facebookresearch/deit `main.py` resizes positions by plain bicubic; timm's own rule would antialias them."""
     timm = pytest.importorskip("timm")
     theirs = timm.create_model("deit3_small_patch16_224", depth=2).eval()
     _make_loud(theirs)
@@ -117,7 +119,10 @@ def test_takes_timms_weights_at_another_size(tmp_path: Path) -> None:
     ours = registry.create_model(
         "deit3_small_patch16_224", pretrained=tmp_path / "weights.safetensors", depth=2, img_size=(160, 96)
     ).eval()
+    table = theirs.pos_embed.detach().transpose(1, 2).unflatten(2, (14, 14))
     theirs.set_input_size((160, 96))
+    resized = functional.interpolate(table, size=(10, 6), mode="bicubic", align_corners=False)
+    theirs.pos_embed.data = resized.flatten(2).transpose(1, 2)
     images = torch.randn(1, 3, 160, 96)
     with torch.inference_mode():
         assert measured(apart(ours(images), theirs(images)), ours, theirs, (160, 96)) < 1e-5

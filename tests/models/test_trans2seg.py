@@ -195,7 +195,7 @@ def test_a_file_of_another_size_has_its_positions_resampled() -> None:
     _, receipt = adapter.read(
         theirs, trans2seg.RENAMES, expected | grid, loading.context(trans2seg, larger.config)
     )
-    assert "positions resampled from 4x4 to 6x4 (google)" in [story for _, story in receipt.made]
+    assert "positions resampled from 4x4 to 6x4 (bilinear-corners)" in [story for _, story in receipt.made]
 
 
 def test_classes_in_parts_give_the_same_logits() -> None:

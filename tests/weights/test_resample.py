@@ -31,7 +31,7 @@ def test_the_same_grid_is_not_touched() -> None:
 
 def test_google_is_linear_interpolation_between_corners() -> None:
     table = torch.tensor([0.0, 1.0, 2.0, 3.0]).reshape(1, 4, 1)
-    larger = resample.positions(table, (2, 2), (3, 3), method="google")
+    larger = resample.positions(table, (2, 2), (3, 3), method="bilinear-corners")
     assert torch.allclose(larger.flatten(), torch.tensor([0, 0.5, 1, 1, 1.5, 2, 2, 2.5, 3.0]))
 
 

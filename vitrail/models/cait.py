@@ -74,7 +74,10 @@ def build(config: Config) -> Classifier:
     patches = Chain(
         patches=Patchify(config.in_chans, width, config.patch_size),
         positions=LearnedPosition(
-            width, Grid(*patch_grid(config.img_size, config.patch_size)), dropout=config.drop_rate
+            width,
+            Grid(*patch_grid(config.img_size, config.patch_size)),
+            dropout=config.drop_rate,
+            resampling="bicubic-plain",
         ),
     )
     blocks = [

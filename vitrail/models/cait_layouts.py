@@ -16,7 +16,8 @@ PAIR = "{weight|bias}"
 def context(config: Config) -> dict[str, Any]:
     """What the rules must know of a configuration."""
     rows, columns = config.patch_size
-    return {"prefix": 0, "grid": (config.img_size[0] // rows, config.img_size[1] // columns)}
+    grid = (config.img_size[0] // rows, config.img_size[1] // columns)
+    return {"prefix": 0, "grid": grid, "resample": "bicubic-plain"}
 
 
 def timm_config(name: str, config: Config) -> dict[str, Any]:

@@ -107,9 +107,11 @@ def _entry(config: Config) -> Chain:
     patches = MlpStem(config.in_chans, width) if hmlp else Patchify(config.in_chans, width, config.patch_size)
     prefix = PrefixTokens(width, cls=1, distillation=1) if config.distilled else PrefixTokens(width, cls=1)
     if config.position_on_prefix:
-        positions = LearnedPosition(width, grid, prefix=len(prefix.names), dropout=config.drop_rate)
+        positions = LearnedPosition(
+            width, grid, len(prefix.names), config.drop_rate, resampling="bicubic-plain"
+        )
         return Chain(patches=patches, prefix=prefix, positions=positions)
-    positions = LearnedPosition(width, grid, dropout=config.drop_rate)
+    positions = LearnedPosition(width, grid, dropout=config.drop_rate, resampling="bicubic-plain")
     return Chain(patches=patches, positions=positions, prefix=prefix)
 
 

@@ -23,7 +23,8 @@ def context(config: Config) -> dict[str, Any]:
     """What the rules must know of a configuration."""
     prefix = 1 + config.distilled if config.position_on_prefix else 0
     rows, columns = config.patch_size
-    return {"prefix": prefix, "grid": (config.img_size[0] // rows, config.img_size[1] // columns)}
+    grid = (config.img_size[0] // rows, config.img_size[1] // columns)
+    return {"prefix": prefix, "grid": grid, "resample": "bicubic-plain"}
 
 
 def timm_config(name: str, config: Config) -> dict[str, Any]:

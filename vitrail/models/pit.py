@@ -115,7 +115,7 @@ def build(config: Config) -> Classifier:
 def _stem(config: Config, width: int) -> Chain:
     return Chain(
         patches=OverlapPatch(config.in_chans, width, config.patch_size, config.stride),
-        positions=LearnedPosition(width, config.grid, dropout=config.drop_rate),
+        positions=LearnedPosition(width, config.grid, dropout=config.drop_rate, resampling="bicubic-plain"),
         prefix=PrefixTokens(width, tokens=1 + config.distilled),
     )
 

@@ -17,7 +17,7 @@ PAIR = "{weight|bias}"
 
 def context(config: Config) -> dict[str, Any]:
     """What the rules must know of a configuration."""
-    return {"grid": tuple(config.grid)}
+    return {"grid": tuple(config.grid), "resample": "bicubic-plain"}
 
 
 def timm_config(name: str, config: Config) -> dict[str, Any]:

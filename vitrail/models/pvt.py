@@ -137,7 +137,7 @@ def _entry(config: Config, number: int) -> nn.Module:
     if last:
         parts["prefix"] = PrefixTokens(width, cls=1)
     parts["positions"] = LearnedPosition(
-        width, position_grid(config, number), int(last), config.drop_rate, resampling="bilinear"
+        width, position_grid(config, number), int(last), config.drop_rate, resampling="bilinear-plain"
     )
     return Chain(**parts)
 

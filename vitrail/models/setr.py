@@ -141,7 +141,7 @@ def _encoder(config: Config) -> Chosen:
     entry: nn.Module = stage.entry  # type: ignore[assignment]
     for part in entry.modules():
         if isinstance(part, LearnedPosition):
-            part.resampling = "bilinear"
+            part.resampling = "bilinear-plain"
     if config.decoder == "mla":
         entry.add_module("bare", DropPrefix())
         if hasattr(entry, "prefix"):  # nothing reads it: a trained parameter without a gradient stops DDP

@@ -159,6 +159,7 @@ def _last_entry(config: Config, channels: int) -> Chain:
             prefix=1,
             dropout=config.drop_rate,
             frozen=sincos_1d(1 + grid.size, config.width),
+            resampling="bicubic-plain",
         ),
     )
 

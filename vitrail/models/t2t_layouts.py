@@ -26,6 +26,7 @@ def context(config: Config) -> dict[str, Any]:
     return {
         "prefix": 1,
         "grid": token_grid(config),
+        "resample": "bicubic-plain",
         "performer": config.tokens == "performer",
         "ghost": config.block == "ghost",
     }

@@ -120,7 +120,9 @@ def _encoder(config: Config, channels: int, grid: Grid) -> Stage:
     entry = Chain(
         patches=Patchify(channels, width, (1, 1)),
         prefix=PrefixTokens(width, cls=1),
-        positions=LearnedPosition(width, grid, prefix=1, dropout=config.drop_rate, resampling="aligned"),
+        positions=LearnedPosition(
+            width, grid, prefix=1, dropout=config.drop_rate, resampling="bilinear-corners"
+        ),
     )
     return Stage(entry, blocks, nn.LayerNorm(width, eps=EPS))
 

@@ -35,7 +35,7 @@ def context(config: Config) -> dict[str, Any]:
     return {
         "grid": (-(-config.img_size[0] // stride), -(-config.img_size[1] // stride)),
         "prefix": 1,
-        "resample": "google",  # bilinear, corners aligned
+        "resample": "bilinear-corners",
         "published": config.numerics == "published",
         "deep": getattr(changed, "stem", "") == "deep",
         f"depth{config.depth}": True,

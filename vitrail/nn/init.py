@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from vitrail.nn.bit import Unit
 from vitrail.nn.block import Mlp
 from vitrail.nn.decoder import QueryAttention
 from vitrail.nn.gates import NonLocal
@@ -50,6 +51,14 @@ def init_jax(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("positions.table"):
             nn.init.normal_(parameter, std=0.02)
+    start_units(model)
+
+
+def start_units(model: nn.Module) -> None:
+    """Hybrid ViTs: the last norm of each residual unit is zero, so that a fresh unit adds nothing (BiT, 1912.11370)."""
+    for module in model.modules():
+        if isinstance(module, Unit):
+            nn.init.zeros_(module.norm3.weight)
 
 
 def init_trunc_normal(model: nn.Module, std: float = 0.02) -> None:
@@ -68,6 +77,7 @@ def init_trunc_normal(model: nn.Module, std: float = 0.02) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("positions.table") or ".prefix." in name:
             nn.init.trunc_normal_(parameter, std=std)
+    start_units(model)
 
 
 def zero_head(model: nn.Module) -> None:

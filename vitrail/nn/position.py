@@ -18,7 +18,7 @@ from vitrail.errors import ModelError
 from vitrail.nn.shapes import Grid
 
 PositionKind = Literal["learned", "sincos1d", "sincos2d", "none"]
-Resampling = Literal["bicubic", "bilinear", "aligned"]
+Resampling = Literal["bicubic", "bicubic-plain", "bilinear-plain", "bilinear-corners"]
 
 
 def resample_table(
@@ -26,8 +26,8 @@ def resample_table(
 ) -> Float[Tensor, "one M D"]:
     """A table of positions at another grid, in float32; prefix rows are left alone.
 
-    "bicubic" is antialiased (timm), "bilinear" is not (PVT), nor "aligned", which is bilinear with the corner
-    cells staying in the corners (Trans2Seg).
+    "bicubic" is antialiased (timm's ViT); "bicubic-plain" (DeiT and its descendants) and "bilinear-plain" (PVT) are
+    not, nor "bilinear-corners", where the corner cells stay in the corners (Trans2Seg).
     """
     if torch.compiler.is_exporting():
         return _resampled_by_products(table, old, new, prefix, method)
@@ -35,9 +35,9 @@ def resample_table(
         return table
     head, body = table[:, :prefix], table[:, prefix:]
     image = body.float().transpose(1, 2).unflatten(2, tuple(old))  # [1, D, h, w]
-    aligned, mode = method == "aligned", "bilinear" if method == "aligned" else method
+    mode, _, way = method.partition("-")
     image = F.interpolate(
-        image, size=tuple(new), mode=mode, antialias=method == "bicubic", align_corners=aligned
+        image, size=tuple(new), mode=mode, antialias=not way, align_corners=way == "corners"
     )
     return torch.cat([head, image.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)  # [1, P + h' * w', D]
 
@@ -61,23 +61,33 @@ def resampling_matrix(
     """How much each of `old` cells in a row counts in each of `new` ones; rows sum to one.
 
     "bicubic" is Keys' kernel with a = -1/2, widened where cells grow (antialiasing), cut off and normalised at
-    the ends; "bilinear" is neither widened nor cut off: places beyond the last cell's middle take that cell;
-    "aligned" puts the last cells' middles on each other.
+    the ends; the others are neither widened nor cut off: what lies beyond the last cell is that cell. "bicubic-plain"
+    takes a = -3/4; "bilinear-corners" puts the last cells' middles on each other.
     """
     places = torch.arange(new, device=device, dtype=torch.float32)  # [M]
     scale = old / torch.ones_like(places).sum()  # counted, not read: in an exported graph `new` may be free
     middles, cells = (places + 0.5) * scale, torch.arange(old, device=device, dtype=torch.float32) + 0.5
-    if method == "bilinear":
-        middles = middles.clamp(0.5, old - 0.5)
-    elif method == "aligned":
+    if method == "bilinear-corners":
         middles = places * (old - 1) / (torch.ones_like(places).sum() - 1).clamp(min=1) + 0.5
-    if method != "bicubic":
+    if method.startswith("bilinear"):
+        middles = middles.clamp(0.5, old - 0.5)
         return (1 - (cells - middles[:, None]).abs()).clamp(min=0)  # [M, N]
-    away = (cells - middles[:, None]).abs() / scale.clamp(min=1)  # [M, N]
-    near = (1.5 * away - 2.5) * away * away + 1
-    far = ((-0.5 * away + 2.5) * away - 4) * away + 2
-    weights = torch.where(away < 1, near, torch.where(away < 2, far, torch.zeros_like(far)))  # [M, N]
-    return weights / weights.sum(dim=1, keepdim=True)
+    if method == "bicubic":
+        weights = _keys((cells - middles[:, None]).abs() / scale.clamp(min=1), -0.5)  # [M, N]
+        return weights / weights.sum(dim=1, keepdim=True)
+    cells = torch.arange(-2, old + 2, device=device, dtype=torch.float32) + 0.5  # two beyond each end
+    weights = _keys((cells - middles[:, None]).abs(), -0.75)  # [M, N + 4]
+    inside = weights[:, 2:-2].clone()
+    inside[:, 0] += weights[:, :2].sum(dim=1)
+    inside[:, -1] += weights[:, -2:].sum(dim=1)
+    return inside
+
+
+def _keys(away: Float[Tensor, "M N"], a: float) -> Float[Tensor, "M N"]:
+    """Keys' cubic kernel (1981) at distances in cells."""
+    near = ((a + 2) * away - (a + 3)) * away * away + 1
+    far = ((away - 5) * away + 8) * away * a - 4 * a
+    return torch.where(away < 1, near, torch.where(away < 2, far, torch.zeros_like(far)))
 
 
 def sincos_1d(length: int, width: int) -> Float[Tensor, "one N D"]:

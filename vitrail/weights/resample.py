@@ -20,7 +20,7 @@ METHODS: dict[str, tuple[str, bool, bool | None]] = {
     "bicubic-corners": ("bicubic", False, True),  # torchvision
     "bilinear": ("bilinear", True, False),
     "bilinear-plain": ("bilinear", False, False),  # timm's reader of .npz files
-    "google": ("bilinear", False, True),  # scipy's zoom of order 1, as in the JAX code
+    "bilinear-corners": ("bilinear", False, True),  # scipy's zoom of order 1, as in the JAX code
 }
 
 
