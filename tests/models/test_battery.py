@@ -72,9 +72,11 @@ def test_gives_one_logit_a_class_and_levels_that_are_true(family: str) -> None:
 def test_takes_a_picture_of_another_shape(family: str) -> None:
     config = module(family).TINY
     rows, columns = config.img_size
-    logits = tiny(family)(picture(family, size=(rows * 2, columns)))
+    model, images = tiny(family), picture(family, size=(rows * 2, columns))
+    logits = model(images)
     assert logits.shape == (2, config.num_classes)
     assert torch.isfinite(logits).all()
+    assert torch.equal(model.forward_head(model.forward_features(images)), logits)
 
 
 @classifiers
@@ -130,10 +132,13 @@ def test_traces_whole_without_a_graph_break(family: str, unchecked: None) -> Non
 
 @classifiers
 def test_takes_other_classes(family: str) -> None:
-    model = tiny(family)
-    model.reset_classifier(7)
-    assert model(picture(family)).shape == (2, 7)
-    assert model.num_classes == 7
+    model = registry.from_config(next(iter(module(family).VARIANTS)), module(family).TINY)
+    started = model.get_classifier().weight.std().item()
+    model.reset_classifier(700)
+    assert model(picture(family)).shape == (2, 700)
+    assert model.num_classes == 700
+    weight = model.get_classifier().weight  # started as in a model that was built with so many classes
+    assert weight.std().item() == pytest.approx(started, rel=0.2)
 
 
 @classifiers

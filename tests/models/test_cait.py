@@ -116,7 +116,9 @@ def test_positions_follow_the_picture(tmp_path: Path) -> None:
     larger = registry.create_model(
         "cait_nano_patch4_32", pretrained=tmp_path / "w.safetensors", depth=1, img_size=(48, 32)
     )
-    assert [made.story for made in larger.receipt.made] == ["positions resampled from 8x8 to 12x8 (bicubic-plain)"]
+    assert [made.story for made in larger.receipt.made] == [
+        "positions resampled from 8x8 to 12x8 (bicubic-plain)"
+    ]
 
 
 def test_talking_heads_mix_scores_and_weights_over_the_heads() -> None:

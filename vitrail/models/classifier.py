@@ -44,24 +44,16 @@ class Classifier(Model):
 
     def forward(self, images: Float[Tensor, "B C I J"]) -> Tensor | ClassOutput:
         """Logits `[B, K]`; a distilled model that trains against a teacher gives both heads' (ClassOutput)."""
-        tokens, grid = self.backbone.tokens(images)
-        out: Tensor | ClassOutput = self.head(tokens, grid)
+        out: Tensor | ClassOutput = self.head(self.forward_features(images))
         return out
 
     def forward_features(self, images: Float[Tensor, "B C I J"]) -> Float[Tensor, "B N D"]:
         """The last stage's tokens after its norm, prefix first."""
         return self.backbone.tokens(images)[0]
 
-    def forward_head(
-        self, tokens: Float[Tensor, "B N D"], pre_logits: bool = False, grid: Grid | None = None
-    ) -> Tensor | ClassOutput:
-        """Logits from `forward_features`' tokens, or the pooled vector `[B, D]`.
-
-        `grid` is needed where tokens are averaged and a prefix stands in front of them; left out, the grid is
-        that of the image size the model was built for.
-        """
-        grid = self.grid if grid is None else grid
-        out: Tensor | ClassOutput = self.head.pool(tokens, grid) if pre_logits else self.head(tokens, grid)
+    def forward_head(self, tokens: Float[Tensor, "B N D"], pre_logits: bool = False) -> Tensor | ClassOutput:
+        """Logits from `forward_features`' tokens, or the pooled vector `[B, D]`."""
+        out: Tensor | ClassOutput = self.head.pool(tokens) if pre_logits else self.head(tokens)
         return out
 
     def features(self, images: Float[Tensor, "B C I J"]) -> Features:

@@ -103,9 +103,9 @@ def build(config: Config) -> Classifier:
     norm = nn.LayerNorm(widths[-1], eps=config.eps)
     head: ClassHead | DistilledHead
     if config.distilled:
-        head = DistilledHead(widths[-1], config.num_classes, norm=norm)
+        head = DistilledHead(widths[-1], config.num_classes, norm=norm, start="torch")
     else:
-        head = ClassHead(widths[-1], config.num_classes, pool="token", norm=norm)
+        head = ClassHead(widths[-1], config.num_classes, norm=norm, start="torch")
     model = Classifier(Trunk(stages, levels), head)
     if not skip_on_meta(model):
         init_pit(model)

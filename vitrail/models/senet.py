@@ -101,7 +101,9 @@ def build(config: Config) -> Classifier:
         drop_path_rate=config.drop_path_rate,
         gate=partial(_gate, config),
     )
-    head = ClassHead(backbone.levels[-1].channels, config.num_classes, pool="mean", dropout=config.drop_rate)
+    head = ClassHead(
+        backbone.levels[-1].channels, config.num_classes, pool="mean", dropout=config.drop_rate, start="torch"
+    )
     model = Classifier(backbone, head)
     if not skip_on_meta(model):
         init_resnet(model)

@@ -177,15 +177,18 @@ def build(config: Config) -> Classifier:
     last_norm = nn.LayerNorm(config.width, eps=config.eps) if config.norm_order == "pre" else None
     after_pool = config.pool_norm == "after"
     stage = Stage(_entry(config, grid), blocks, None if after_pool else last_norm)
+    prefix = int(config.class_token) + config.registers
     head = ClassHead(
         config.width,
         config.num_classes,
         pool=config.pool,
-        tokens=int(config.class_token) + config.registers + grid.size,
+        tokens=prefix + grid.size,
+        prefix=prefix,
         norm=last_norm if after_pool else None,
         representation=config.representation,
         hidden=config.head_hidden,
         dropout=config.head_dropout,
+        start="zero" if config.init == "jax" else "small",
     )
     model = Classifier(Trunk([stage], [Level(config.width, config.patch_size[0])]), head)
     if not skip_on_meta(model):

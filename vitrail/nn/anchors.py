@@ -198,7 +198,7 @@ class AnchorHead(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """A new class layer."""
-        layer = fresh_like(self.linear, self.linear.in_features, num_classes)
+        layer = fresh_like(self.linear, self.linear.in_features, num_classes, "torch")
         assert isinstance(layer, nn.Linear)
         nn.init.constant_(layer.bias, -math.log(99))
         self.linear = layer

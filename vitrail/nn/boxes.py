@@ -40,6 +40,6 @@ class QueryHead(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """A new class layer."""
-        layer = fresh_like(self.linear, self.linear.in_features, num_classes + 1)
+        layer = fresh_like(self.linear, self.linear.in_features, num_classes + 1, "torch")
         assert isinstance(layer, nn.Linear)
         self.linear = layer

@@ -9,17 +9,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
-from vitrail.nn.shapes import ClassOutput, Grid
+from vitrail.nn.shapes import ClassOutput
 
 Pool = Literal["token", "mean", "flatten"]
+Start = Literal["small", "zero", "torch"]
+"""How a new class layer starts: N(0, 0.02) and biases 0, all zero, or as torch starts a linear layer."""
 
 
 class ClassHead(nn.Module):
     """Pool the tokens, then a linear layer or an MLP.
 
-    pool "token" takes the first prefix token, "mean" averages the patch tokens, "flatten" lays all tokens end
-    to end (the Keras CIFAR-100 example; this one fixes the image size). `norm` is a norm after the pooling.
-    `representation` is the tanh layer of the 21k checkpoints. `hidden` are widths of GELU layers with dropout.
+    pool "token" takes the first prefix token, "mean" averages what stands behind `prefix` tokens, "flatten" lays all
+    `tokens` end to end (the Keras CIFAR-100 example; this one fixes the image size). `norm` is a norm after the
+    pooling. `representation` is the tanh layer of the 21k checkpoints. `hidden` are widths of GELU layers with dropout.
+    `start` is the family's way to start a class layer, for `reset`.
     """
 
     def __init__(
@@ -29,13 +32,15 @@ class ClassHead(nn.Module):
         *,
         pool: Pool = "token",
         tokens: int = 1,
+        prefix: int = 0,
         norm: nn.Module | None = None,
         representation: int = 0,
         hidden: Sequence[int] = (),
         dropout: float = 0.0,
+        start: Start = "small",
     ) -> None:
         super().__init__()
-        self.pooling, self.expected = pool, tokens
+        self.pooling, self.expected, self.prefix, self.start = pool, tokens, prefix, start
         self.norm = nn.Identity() if norm is None else norm
         features = width * tokens if pool == "flatten" else width
         self.representation: nn.Module = nn.Identity()
@@ -50,12 +55,12 @@ class ClassHead(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.linear = class_layer(features, num_classes)
 
-    def pool(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B _"]:
+    def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B _"]:
         """One vector a picture: what the last layers see, after the norm that follows the pooling."""
         if self.pooling == "token":
             vector = tokens[:, 0]
         elif self.pooling == "mean":
-            vector = tokens[:, tokens.shape[1] - grid.size :].mean(dim=1)
+            vector = tokens[:, self.prefix :].mean(dim=1)
         else:
             if tokens.shape[1] != self.expected:
                 raise ModelError(
@@ -66,8 +71,8 @@ class ClassHead(nn.Module):
         pooled: Tensor = self.norm(vector)
         return pooled
 
-    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B K"]:
-        vector = self.hidden(self.dropout(self.representation(self.pool(tokens, grid))))
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B K"]:
+        vector = self.hidden(self.dropout(self.representation(self.pool(tokens))))
         out: Tensor = self.linear(vector)
         return out
 
@@ -76,8 +81,8 @@ class ClassHead(nn.Module):
         return self.linear
 
     def reset(self, num_classes: int) -> None:
-        """A new last layer for other classes; weights small and random, bias zero."""
-        self.linear = fresh_like(self.linear, self._features(), num_classes)
+        """A new last layer for other classes, as a new model has it."""
+        self.linear = fresh_like(self.linear, self._features(), num_classes, self.start)
 
     def _features(self) -> int:
         if isinstance(self.linear, nn.Linear):
@@ -92,21 +97,28 @@ class DistilledHead(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_classes: int, *, norm: nn.Module | None = None, dropout: float = 0.0
+        self,
+        width: int,
+        num_classes: int,
+        *,
+        norm: nn.Module | None = None,
+        dropout: float = 0.0,
+        start: Start = "small",
     ) -> None:
         super().__init__()
+        self.start = start
         self.norm = nn.Identity() if norm is None else norm
         self.dropout = nn.Dropout(dropout)
         self.linear = class_layer(width, num_classes)
         self.distilled = class_layer(width, num_classes)
         self.separate = False
 
-    def pool(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B D"]:
+    def pool(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B D"]:
         """The mean of the two tokens that the heads read."""
         pooled: Tensor = self.norm(tokens[:, :2]).mean(dim=1)
         return pooled
 
-    def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Tensor | ClassOutput:
+    def forward(self, tokens: Float[Tensor, "B N D"]) -> Tensor | ClassOutput:
         pair = self.dropout(self.norm(tokens[:, :2]))  # [B, 2, D]
         logits, distilled = self.linear(pair[:, 0]), self.distilled(pair[:, 1])  # [B, K] each
         if self.separate and self.training:
@@ -123,8 +135,8 @@ class DistilledHead(nn.Module):
                 "A head without classes cannot be given new ones: build the model with num_classes."
             )
         features = self.linear.in_features
-        self.linear = fresh_like(self.linear, features, num_classes)
-        self.distilled = fresh_like(self.distilled, features, num_classes)
+        self.linear = fresh_like(self.linear, features, num_classes, self.start)
+        self.distilled = fresh_like(self.distilled, features, num_classes, self.start)
 
 
 def class_layer(features: int, num_classes: int) -> nn.Module:
@@ -132,12 +144,15 @@ def class_layer(features: int, num_classes: int) -> nn.Module:
     return nn.Linear(features, num_classes) if num_classes else nn.Identity()
 
 
-def fresh_like(old: nn.Module, features: int, num_classes: int) -> nn.Module:
+def fresh_like(old: nn.Module, features: int, num_classes: int, start: Start) -> nn.Module:
     """A new class layer on the old one's device and in its type."""
     layer = class_layer(features, num_classes)
     if isinstance(layer, nn.Linear):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
+        if start != "torch":
+            nn.init.trunc_normal_(layer.weight, std=0.02) if start == "small" else nn.init.zeros_(
+                layer.weight
+            )
+            nn.init.zeros_(layer.bias)
         if isinstance(old, nn.Linear):
             layer = layer.to(device=old.weight.device, dtype=old.weight.dtype)
     return layer
