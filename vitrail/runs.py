@@ -97,7 +97,10 @@ class TrainRun:
     """The two averaging rates of AdamW."""
     layer_decay: float | None = None
     """Factor on the learning rate for every block further from the head (1 = none)."""
-    sched: Literal["cosine", "linear", "constant", "rsqrt", "step"] | None = None
+    backbone_lr: float = 1.0
+    """Factor on the learning rate for everything before the head, such as 0.1 (DETR, SETR); 0.1 with ten times the rate
+    is a head that learns ten times as fast."""
+    sched: Literal["cosine", "linear", "poly", "constant", "rsqrt", "step"] | None = None
     """Course of the learning rate after warm-up."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up."""

@@ -38,6 +38,14 @@ def test_voc_is_read_with_its_lists(tmp_path: Path, as_zip: bool) -> None:
     assert splits.train.counts() == {"cat": 2, "dog": 2}
 
 
+def test_what_voc_calls_difficult_is_neither_learned_nor_counted(tmp_path: Path) -> None:
+    hard = xml(CAT, DOG).replace(b"<difficult>0", b"<difficult>1", 1)
+    splits = open_boxes([packed(small_voc(c=hard), tmp_path)])
+    assert splits.train is not None
+    assert splits.train.target(2).crowd.tolist() == [True, False]
+    assert any("1 boxes are marked difficult" in note for note in splits.notes)
+
+
 @pytest.mark.parametrize("as_zip", [False, True])
 def test_coco_is_read_and_gaps_in_its_ids_are_closed(tmp_path: Path, as_zip: bool) -> None:
     many = ((7, "dog"), (3, "cat"), (90, "cow"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.train.standin import Net
+from vitrail import create_model
 from vitrail.errors import ConfigError, WeightsError
 from vitrail.runtime import Runtime
 from vitrail.train.average import Average
@@ -39,6 +40,13 @@ def test_layer_decay_lowers_the_rate_towards_the_image() -> None:
     assert peaks["blocks.1.0.weight"] == 0.5
     assert peaks["blocks.0.0.bias"] == 0.25
     assert peaks["stem.weight"] == peaks["position"] == 0.125
+
+
+def test_a_backbone_can_learn_slower_than_its_head() -> None:
+    model = create_model("vit_nano_patch4_32", num_classes=3)
+    peaks = by_name(parameter_groups(model, Recipe(lr=1.0, backbone_lr=0.1)), "peak")
+    assert {name.partition(".")[0]: peak for name, peak in peaks.items()} == {"backbone": 0.1, "head": 1.0}
+    assert {peak for name, peak in peaks.items() if name.startswith("backbone.")} == {0.1}
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
@@ -122,7 +130,14 @@ def test_memory_of_another_network_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("lr", float("nan")), ("lr", -1.0), ("weight_decay", -0.1), ("momentum", 1.0), ("layer_decay", 0.0)],
+    [
+        ("lr", float("nan")),
+        ("lr", -1.0),
+        ("weight_decay", -0.1),
+        ("momentum", 1.0),
+        ("layer_decay", 0.0),
+        ("backbone_lr", 0.0),
+    ],
 )
 def test_illegal_numbers_name_their_field(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):

@@ -10,7 +10,7 @@ from vitrail.errors import ConfigError
 from vitrail.train.schedule import Course, Schedule
 
 
-@pytest.mark.parametrize("course", ["cosine", "linear", "constant", "rsqrt", "step"])
+@pytest.mark.parametrize("course", ["cosine", "linear", "poly", "constant", "rsqrt", "step"])
 def test_every_course_climbs_in_warm_up_and_never_again(course: Course) -> None:
     schedule = Schedule(course=course, steps=100, warmup=10, cooldown=20)
     factors = [schedule(step) for step in range(100)]
@@ -24,6 +24,11 @@ def test_cosine_is_half_at_half_and_ends_at_its_floor() -> None:
     schedule = Schedule(steps=110, warmup=10, floor=0.1)
     assert schedule(60) == pytest.approx(0.55)
     assert schedule(109) == pytest.approx(0.1, abs=1e-3)
+
+
+def test_poly_is_what_is_left_to_the_power_of_nine_tenths() -> None:
+    schedule = Schedule(course="poly", steps=80, floor=0.01)
+    assert schedule(40) == pytest.approx(0.01 + 0.99 * 0.5**0.9)
 
 
 def test_step_divides_by_ten_twice() -> None:

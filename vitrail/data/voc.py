@@ -42,8 +42,8 @@ def find(store: Store, number: int, notes: list[str], listed: dict[str, list[str
             alone.append(where)
             continue
         seen.add(key)
-        size, boxes, count = _read(store, entry)
-        hard += count
+        size, boxes = _read(store, entry)
+        hard += sum(box.crowd for box in boxes)
         split = sets.get(key, "") if sets else _split(parts)
         if sets and not split:
             unlisted.append(where)
@@ -58,7 +58,9 @@ def find(store: Store, number: int, notes: list[str], listed: dict[str, list[str
     lost = sorted(name for key, name in _named(store).items() if key not in pictures)
     listed.setdefault("listed but not there", []).extend(lost)
     if hard:
-        notes.append(f"{store.place}: {hard} boxes are marked difficult; they count as all others.")
+        notes.append(
+            f"{store.place}: {hard} boxes are marked difficult: as in VOC, they are neither learned nor counted."
+        )
     return found
 
 
@@ -99,8 +101,8 @@ def _sets(store: Store) -> dict[tuple[str, str], str]:
     return found
 
 
-def _read(store: Store, entry: int) -> tuple[tuple[int, int] | None, tuple[Box, ...], int]:
-    """Size, boxes, and how many of them are marked difficult."""
+def _read(store: Store, entry: int) -> tuple[tuple[int, int] | None, tuple[Box, ...]]:
+    """Size and boxes."""
     where = os.path.join(store.place, store.names[entry])
     data = store.read(entry)
     assert isinstance(data, bytes)
@@ -112,13 +114,13 @@ def _read(store: Store, entry: int) -> tuple[tuple[int, int] | None, tuple[Box, 
         tall, wide = (float(root.findtext(f"size/{side}") or 0) for side in ("height", "width"))
     except (ElementTree.ParseError, ValueError) as error:
         raise DataError(f"{where}: not a whole VOC annotation ({error}).") from None
-    hard = sum((item.findtext("difficult") or "0").strip() == "1" for item in root.findall("object"))
-    return ((int(tall), int(wide)) if tall > 0 and wide > 0 else None), boxes, hard
+    return ((int(tall), int(wide)) if tall > 0 and wide > 0 else None), boxes
 
 
 def _box(item: ElementTree.Element) -> Box:
     left, top, right, bottom = (float(_text(item, f"bndbox/{corner}")) for corner in CORNERS)
-    return Box(_text(item, "name"), left, top, right, bottom)
+    difficult = (item.findtext("difficult") or "0").strip() == "1"
+    return Box(_text(item, "name"), left, top, right, bottom, crowd=difficult)
 
 
 def _text(item: ElementTree.Element, path: str) -> str:

@@ -136,6 +136,7 @@ class _Job:
             momentum=cast(float, run.momentum),
             betas=cast(tuple[float, float], run.betas),
             layer_decay=cast(float, run.layer_decay),
+            backbone_lr=run.backbone_lr,
         )
         self.optimiser = build_optimiser(cast(Any, self.model), recipe, runtime)
         self.average = Average(self.model, run.model_ema) if run.model_ema else None

@@ -25,6 +25,9 @@ class AttentionMaps(nn.Module):
         super().__init__()
         self.heads = heads
         self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        for part in (self.query, self.key):
+            nn.init.xavier_uniform_(part.weight)
+            nn.init.zeros_(part.bias)
 
     def forward(
         self,

@@ -35,7 +35,8 @@ class Layered(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How to optimise. `lr` is the peak of the head's rate; earlier layers have `layer_decay` times less."""
+    """How to optimise. `lr` is the peak of the head's rate; each block before it has `layer_decay` times the next
+    one's, and the whole backbone `backbone_lr` times what it had."""
 
     kind: Kind = "adamw"
     lr: float = 1e-3
@@ -44,6 +45,7 @@ class Recipe:
     nesterov: bool = True
     betas: tuple[float, float] = (0.9, 0.999)
     layer_decay: float = 1.0
+    backbone_lr: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < float("inf"):
@@ -56,6 +58,10 @@ class Recipe:
             raise ConfigError(f"betas must be two numbers in 0..1, 1 excluded, not {self.betas}.")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"layer_decay must be above 0 and at most 1, not {self.layer_decay}.")
+        if not 0 < self.backbone_lr < float("inf"):
+            raise ConfigError(
+                f"backbone_lr must be above 0, not {self.backbone_lr}; --freeze backbone for one that never learns."
+            )
 
 
 def decays(name: str, parameter: Tensor, excluded: set[str]) -> bool:
@@ -87,6 +93,8 @@ def parameter_groups(
             continue
         decay = recipe.weight_decay if decays(name, parameter, excluded) else 0.0
         peak = recipe.lr * recipe.layer_decay ** (model.depth + 1 - model.depth_of(name))
+        if name.startswith("backbone."):
+            peak *= recipe.backbone_lr
         group = groups.setdefault(
             (peak, decay), {"params": [], "lr": peak, "peak": peak, "weight_decay": decay}
         )

@@ -8,7 +8,7 @@ from typing import Literal
 
 from vitrail.errors import ConfigError
 
-Course = Literal["cosine", "linear", "constant", "rsqrt", "step"]
+Course = Literal["cosine", "linear", "poly", "constant", "rsqrt", "step"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +17,9 @@ class Schedule:
 
     Warm-up climbs linearly over `warmup` steps and reaches 1 at its end; then the course falls from 1 towards
     `floor` (the final rate as a share of the peak), which the step after the last of `steps` would have.
-    rsqrt falls with the square root of the step and cools down linearly over the last `cooldown` steps;
-    step divides by ten at each of three equal parts of what follows the warm-up.
+    poly is what is left of the run to the power 0.9 (DeepLab 1606.00915; SETR, Trans2Seg); rsqrt falls with the
+    square root of the step and cools down linearly over the last `cooldown` steps; step divides by ten at each of
+    three equal parts of what follows the warm-up.
     """
 
     course: Course = "cosine"
@@ -48,6 +49,8 @@ class Schedule:
             return (1 + math.cos(math.pi * done)) / 2
         if self.course == "linear":
             return 1 - done
+        if self.course == "poly":
+            return float((1 - done) ** 0.9)
         if self.course == "step":
             return 10.0 ** -min(2, int(3 * done))
         if self.course == "rsqrt":
