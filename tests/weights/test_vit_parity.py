@@ -235,6 +235,35 @@ def test_positions_are_resampled_as_timm_does_it(tmp_path: Path) -> None:
     assert difference(ours, theirs, (96, 160)) < 1e-5
 
 
+@pytest.mark.parametrize("layout", ["transformers", "torchvision", "google"])
+def test_positions_are_resampled_as_the_files_library_does_it(layout: str, tmp_path: Path) -> None:
+    """A table for 4 x 4 patches, brought to 6 x 6 by that library's own means."""
+    ours = randomised(
+        from_config("vit_tiny_patch16_224", variant("vit_tiny_patch16_224", depth=1, img_size=64))
+    )
+    state = adapter.write(ours.state_dict(), adapter.by_name(RENAMES, layout), context(ours.config))  # type: ignore[arg-type]
+    files.write_tensors(path := tmp_path / ("w.npz" if layout == "google" else "w.safetensors"), state)
+    loaded = create_model("vit_tiny_patch16_224", path, depth=1, img_size=96)
+    assert loaded.receipt.layout == layout
+    table = ours.state_dict()["backbone.stages.0.entry.positions.table"]
+    if layout == "transformers":
+        transformers = pytest.importorskip("transformers", reason="transformers comes with the extra `peers`")
+        peer = transformers.ViTModel(transformers.ViTConfig(hidden_size=192, num_hidden_layers=1, num_attention_heads=3,
+                                                            image_size=64))  # fmt: skip
+        peer.embeddings.position_embeddings.data = table
+        wanted = peer.embeddings.interpolate_pos_encoding(torch.zeros(1, 37, 192), 96, 96).detach()
+    elif layout == "torchvision":
+        from torchvision.models.vision_transformer import interpolate_embeddings
+
+        wanted = interpolate_embeddings(96, 16, {"encoder.pos_embedding": table})["encoder.pos_embedding"]
+    else:  # google-research/vision_transformer `checkpoint.py`, interpolate_posembed
+        zoom = pytest.importorskip("scipy.ndimage").zoom
+        cells = zoom(table[0, 1:].reshape(4, 4, 192).numpy(), (1.5, 1.5, 1), order=1)
+        wanted = torch.cat([table[:, :1], torch.from_numpy(cells).reshape(1, 36, 192)], dim=1)
+    found = loaded.state_dict()["backbone.stages.0.entry.positions.table"]
+    assert torch.allclose(found, wanted, atol=1e-5)
+
+
 def test_a_folder_opens_in_timm_and_in_transformers(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers comes with the extra `peers`")
     timm = pytest.importorskip("timm", reason="timm comes with the extra `peers`")

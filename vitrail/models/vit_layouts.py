@@ -184,6 +184,7 @@ TIMM = Layout(
 
 TRANSFORMERS = Layout(
     name="transformers",
+    resample="bicubic-plain",
     signature=("vit.embeddings.patch_embeddings.projection.weight",),
     prefixes=("vit.",),
     rules=(
@@ -231,6 +232,7 @@ TRANSFORMERS = Layout(
 
 TORCHVISION = Layout(
     name="torchvision",
+    resample="bicubic-corners",
     signature=("conv_proj.weight", "encoder.layers.encoder_layer_{i}.ln_1.weight"),
     rules=(
         Rule("class_token", f"{ENTRY}.prefix.cls"),
@@ -265,6 +267,7 @@ TORCHVISION = Layout(
 
 MMPRETRAIN = Layout(
     name="mmpretrain",
+    resample="bicubic-plain",
     signature=("layers.{i}.ln1.weight", "patch_embed.projection.weight"),
     prefixes=("backbone.",),
     rules=(
@@ -305,6 +308,7 @@ def _jax(
     return Layout(
         name=name,
         signature=("embedding/kernel", *marks),
+        resample="bilinear-corners",
         prefixes=("opt/target/", "params/", "img/"),
         rules=(
             Rule("cls", f"{ENTRY}.prefix.cls"),

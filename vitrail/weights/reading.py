@@ -95,6 +95,8 @@ class Reading:
     ) -> None:
         self.state, self.names, self.layout, self.expected = state, names, layout, expected
         self.context: dict[str, Any] = dict(context)
+        if layout.resample:
+            self.context["resample"] = layout.resample
         self.replace_head, self.adapt = replace_head, adapt
         self.result: dict[str, Tensor] = {}
         self.used: set[str] = set()

@@ -94,6 +94,10 @@ class Layout:
     preprocessing: Preprocessing | None = None
     """What the networks of this layout's bare files want to see, where it is not what the variant's card says."""
 
+    resample: str = ""
+    """How the code of this layout's files brings positions to another size (one of `resample.METHODS`), where it is not
+    what the family's context says."""
+
     describe: Callable[[str, Any], dict[str, Any]] | None = None
     """That library's own `config.json` keys for a variant's name and Config, where it has such a file."""
 

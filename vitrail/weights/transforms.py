@@ -153,13 +153,12 @@ def fit_pyramid(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tup
 def fit_patch(tensor: Tensor, shape: tuple[int, ...], context: Context) -> tuple[Tensor, str]:
     """A patch kernel for the model's patch size and input channels."""
     stories = []
-    method = str(context.get("resample", "bicubic"))
     if tensor.shape[1] != shape[1]:
         tensor, story = fit_channels(tensor, shape, context)
         stories.append(story)
     old, new = tuple(tensor.shape[2:]), (shape[2], shape[3])
     if old != new:
-        tensor = resample.patch_kernel(tensor, new, method)
+        tensor = resample.patch_kernel(tensor, new)
         stories.append(f"patch kernel resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]} (pseudo-inverse)")
     return tensor, "; ".join(stories)
 
