@@ -110,6 +110,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("trian digits", "Did you mean train"),
         ("data", "data check"),
+        ("finetune photos", "vitrail train DATA --pretrained MODEL"),
+        ("export vit_tiny_patch16_224.imagenete", "Did you mean vit_tiny_patch16_224.imagenette"),
         ("train digits --epoch 3", "Did you mean --epochs"),
         ("train digits --lr nan", "finite"),
         ("train digits --lr fast", "--lr takes a number"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -25,7 +26,8 @@ def write_atomically(path: Path, data: bytes, failure: type[VitrailError] = User
         flush_folder(path.parent)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise failure(f"Cannot write {path}: {error.strerror or error}. Make room, then go on.") from error
+        cure = " Make room, then go on." if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise failure(f"Cannot write {path}: {error.strerror or error}.{cure}") from error
 
 
 def write_through(path: Path, data: bytes) -> None:

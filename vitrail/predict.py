@@ -7,6 +7,7 @@ What the network sees is what evaluation and training's own evaluation show it: 
 from __future__ import annotations
 
 import glob
+import logging
 import math
 import os
 from collections import deque
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from vitrail.data.dense_loader import pad_together, together
+from vitrail.data.finding import is_picture, note_unread
 from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine, open_engine
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     Picture = str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any] | Tensor
+
+logger = logging.getLogger(__name__)
 
 
 class Prepared(NamedTuple):
@@ -259,11 +263,11 @@ def expand(patterns: Iterable[str]) -> list[str]:
     found: list[str] = []
     for pattern in patterns:
         if os.path.isdir(pattern):
-            below = sorted(
-                str(path)
-                for path in Path(pattern).rglob("*")
-                if path.suffix.lower() in SUFFIXES and not _housekeeping(path.relative_to(pattern))
-            )
+            files = [
+                str(path) for path in Path(pattern).rglob("*") if not _housekeeping(path.relative_to(pattern))
+            ]
+            note_unread(pattern, files, logger.warning)
+            below = sorted(name for name in files if is_picture(name))
             if not below:
                 raise DataError(f"The folder {pattern} holds no image ({', '.join(sorted(SUFFIXES))}).")
             found += below

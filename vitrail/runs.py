@@ -338,6 +338,8 @@ class ConvertRun:
     """Layout of the result: vitrail (a model folder), timm, transformers ..."""
     model: str | None = None
     """Name of the network, when the weights alone do not tell."""
+    averaged: bool = False
+    """Of a training checkpoint that holds averaged weights too (EMA), take those."""
     half: bool = False
     """Round to float16: half the size; the receipt says how far the numbers moved."""
 
@@ -357,7 +359,7 @@ class ExportRun:
     samples: int = 256
     """Pictures of the data that the proof looks at (0 = all)."""
     int8: bool = False
-    """Quantise to int8 after training; needs pictures like those that the model will see."""
+    """Quantise to int8 after training, with --format openvino; needs pictures like those that the model will see."""
     calibrate: tuple[str, ...] = ()
     """Pictures for the calibration of int8, training pictures best."""
     calibration_samples: int = 300

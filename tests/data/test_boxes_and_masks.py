@@ -60,6 +60,7 @@ def test_coco_is_read_and_gaps_in_its_ids_are_closed(tmp_path: Path, as_zip: boo
     splits = open_boxes([path])
     train: Any = splits.train
     assert train.classes == ("cat", "dog", "cow") and len(train) == 2
+    assert train.table.ids == {"cat": 3, "dog": 7, "cow": 90}
     assert "val has no box of dog, cow." in splits.notes
     assert any("ids 3..90 are counted 0..2" in note for note in splits.notes)
     assert train.target(0).boxes.tolist() == [[1, 2, 11, 12]] and train.target(0).labels.tolist() == [1]
@@ -229,7 +230,8 @@ def test_zero_can_be_no_class(tmp_path: Path) -> None:
     ("content", "reason"),
     [
         (mask([[0, 128], [255, 0]]), "no class numbers in a row"),
-        (mask([[0, 0], [255, 0]]), "one class only"),
+        (mask([[0, 1], [2, 200]]), "if 200 is no class, say --ignore 200"),
+        (mask([[0, 0], [255, 0]]), "one class only.* write 1 in its place"),
         (mask([[255, 255]]), "nothing but ignored values"),
     ],
 )

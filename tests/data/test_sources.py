@@ -276,7 +276,7 @@ def test_wrong_places_are_explained(tmp_path: Path) -> None:
         ("a.zip", "not a readable .zip"),
         ("a.tar", "not a readable .tar"),
         ("a.tar.gz", "unpack it first"),
-        ("a.jpg", "data is a folder, a .zip or .tar archive, a .csv, or the word digits"),
+        ("a.jpg", "data is a folder, a .zip or .tar archive, a .csv, a COCO .json, or the word digits"),
     ):
         with pytest.raises(DataError, match=reason):
             open_splits([str(tmp_path / name)])

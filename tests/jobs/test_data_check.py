@@ -77,6 +77,17 @@ def test_the_report_and_the_sheet_are_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in out.iterdir()) == ["contact-sheet.png", "report.json"]
 
 
+def test_pictures_that_nothing_reads_are_a_problem(tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    for name in ("cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"):
+        save(data / name, 40, 40, len(list(data.rglob("*"))))
+    (data / "dog/2.bmp").write_bytes(b"BM")
+    report = check([str(data)], tmp_path / "out")
+    assert any(
+        "1 × picture of a kind that is not read" in said and "2.bmp" in said for said in report.problems
+    )
+
+
 def test_a_sound_data_set_has_no_problems(tmp_path: Path) -> None:
     report = check(["digits"], tmp_path)
     assert report.problems == []

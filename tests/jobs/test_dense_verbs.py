@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from vitrail.data.dense import open_boxes
 from vitrail.errors import UserError
 from vitrail.jobs.data_check import data_check
 from vitrail.jobs.evaluate import evaluate
+from vitrail.jobs.evaluate_dense import open_for
 from vitrail.jobs.predict import coco_form, predict
 from vitrail.jobs.train import TrainResult, train
 from vitrail.jobs.training_data import open_data
@@ -32,9 +34,11 @@ from vitrail.models.registry import from_config, from_pretrained
 from vitrail.runs import DataCheckRun, EvaluateRun, PredictRun, TrainRun
 from vitrail.tasks.draw_dense import draw_boxes, draw_mask
 from vitrail.train.log import Note, Progress, Record
+from vitrail.weights.card import Card
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "data"))
 from dense_worlds import Tree, packed, voc, xml
+from dense_worlds import masks as mask_files
 
 SIDE = 48
 
@@ -250,6 +254,7 @@ def test_boxes_are_trained_scored_and_drawn(
     predictions = predict(run)
     records = list(predictions)
     table = coco_form(records, predictions.labels)
+    assert coco_form(records, predictions.labels, (7, 90))["annotations"][0]["category_id"] in (7, 90)
     assert (tmp_path / "out" / "1.png").exists() and len(table["annotations"]) == len(records[0].boxes) == 20
     assert table["categories"] == [{"id": 1, "name": "blue"}, {"id": 2, "name": "red"}]
     # COCO's form is data again: what one network found can be looked at, or taught to another.
@@ -356,7 +361,7 @@ def test_a_panoptic_networks_segments_are_told_and_drawn(boxes: str, tmp_path: P
         told = record.to_dict()
         assert told["segments_info"] and record.segments.map.shape == size
         assert sum(segment["area"] for segment in told["segments_info"]) == size[0] * size[1]
-        assert all(segment["isthing"] == (segment["category_id"] < 2) for segment in told["segments_info"])
+        assert all(segment["isthing"] == (segment["index"] < 2) for segment in told["segments_info"])
         name = Path(record.source).stem
         numbers = np.asarray(Image.open(tmp_path / "drawn" / f"{name}-mask.png"))
         assert numbers.shape == size and set(np.unique(numbers)) == {s["id"] for s in told["segments_info"]}
@@ -479,3 +484,16 @@ def test_drawings_show_things_in_the_colours_of_their_classes() -> None:
     assert len({colour_of(index) for index in range(40)}) == 40 and (palette(2)[2:] == 0).all()
     with Image.open(io.BytesIO(index_png(mask, 2))) as found:
         assert np.array_equal(np.asarray(found), mask)
+
+
+def test_what_training_ignored_is_not_ignored_where_the_masks_are_numbered_otherwise(tmp_path: Path) -> None:
+    """Trained with 2 ignored; asked about masks whose 0 is no class, so that 2 is one."""
+    card = Card(
+        architecture="setr_tiny", task="image-segmentation", labels=("a", "b", "c"),
+        recipe={"ignore": [2], "classes": ["a", "b", "c"]},
+    )  # fmt: skip
+    engine = SimpleNamespace(card=card, classes=3)
+    place = packed(mask_files(train_a=[[0, 1], [2, 3]], train_b=[[1, 2], [3, 0]]), tmp_path)
+    splits, notes = open_for(engine, [place], "model", reduce_zero=True, whole=True)
+    assert sorted(set(splits.everything.target(0).ravel().tolist())) == [0, 1, 2, 255]
+    assert any("not those of training, which ignored 2" in note for note in notes)

@@ -157,7 +157,16 @@ def test_other_fields_of_a_form_are_no_pictures(service: Running) -> None:
 
 
 def test_what_is_asked_for_with_head_is_answered_as_with_get_but_for_the_body(service: Running) -> None:
-    for path in ("/", "/health/live", "/health/ready", "/page/page.js", "/docs", "/models", "/openapi.json"):
+    for path in (
+        "/",
+        "/health",
+        "/health/live",
+        "/health/ready",
+        "/page/page.js",
+        "/docs",
+        "/models",
+        "/openapi.json",
+    ):
         got, head = service.ask("GET", path), service.ask("HEAD", path)
         assert (head.status, head.body) == (200, b"") and got.body
         for name in ("content-type", "content-length", "content-security-policy"):

@@ -10,7 +10,7 @@ import torch
 
 from vitrail.cli.main import main
 from vitrail.errors import ModelError
-from vitrail.models.registry import create_model, from_pretrained
+from vitrail.models.registry import create_model, from_pretrained, list_models
 from vitrail.weights import folder, shipped
 
 NAMES = shipped.names()
@@ -39,6 +39,17 @@ def test_create_model_takes_its_weights(name: str) -> None:
         with torch.no_grad():
             assert torch.equal(model(images), kept(images))
     assert create_model(name, pretrained=True, num_classes=3).num_classes == 3
+
+
+def test_a_full_name_means_that_network_without_its_weights_too() -> None:
+    name = "vit_tiny_patch16_224.imagenette"
+    assert create_model(name).config == from_pretrained(name).config
+    assert (
+        create_model("vit_tiny_patch16_224.augreg_in21k", depth=1).num_classes == 1000
+    )  # timm's tags say nothing here
+    assert list_models("*.imagenette", pretrained=True) == [
+        known for known in NAMES if known.endswith("imagenette")
+    ]
 
 
 def test_what_does_not_ship_is_named() -> None:

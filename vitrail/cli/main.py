@@ -61,6 +61,27 @@ COMMANDS = (
 )
 
 
+ELSEWHERE = {
+    "eval": "evaluate MODEL DATA",
+    "validate": "evaluate MODEL DATA",
+    "test": "evaluate MODEL DATA",
+    "val": "evaluate MODEL DATA",
+    "infer": "predict MODEL IMAGES",
+    "inference": "predict MODEL IMAGES",
+    "fit": "train DATA",
+    "finetune": "train DATA --pretrained MODEL",
+    "fine-tune": "train DATA --pretrained MODEL",
+    "distill": "train DATA --teacher MODEL",
+    "probe": "train DATA --pretrained MODEL --freeze backbone",
+    "linear-probe": "train DATA --pretrained MODEL --freeze backbone",
+    "knn": "evaluate MODEL DATA --knn LABELLED",
+    "visualize": "trace MODEL IMAGE, or explain MODEL IMAGE",
+    "benchmark": "bench MODEL",
+    "list": "models",
+}
+"""What other tools call a command."""
+
+
 def entry() -> None:
     """The `vitrail` command."""
     for stream in (
@@ -120,6 +141,9 @@ def choose(arguments: Sequence[str]) -> tuple[Command, Sequence[str]]:
     if several := beginning(arguments[0]):
         longer = ", ".join(command.name for command in several)
         raise ConfigError(f"{arguments[0]} needs a second word: {longer}.")
+    elsewhere = ELSEWHERE.get(arguments[0].lower())
+    if elsewhere is not None:
+        raise ConfigError(f"There is no command {arguments[0]!r}; here it is: vitrail {elsewhere}.")
     near = suggestion(arguments[0], names) or f" The commands are: {', '.join(names)}."
     raise ConfigError(f"There is no command {arguments[0]!r}.{near}")
 

@@ -34,7 +34,9 @@ def predict(run: PredictRun) -> int:
     if run.format == "json":
         show.write_result(show.json_text([record.to_dict() for record in records]), run.output)
     elif run.format == "coco":
-        show.write_result(json.dumps(coco_form(records, found.labels), ensure_ascii=False), run.output)
+        show.write_result(
+            json.dumps(coco_form(records, found.labels, found.ids), ensure_ascii=False), run.output
+        )
     elif run.format == "csv":
         rows = [row for record in records for row in _rows(record, top_k, found.labels)]
         show.write_result(show.csv_text(rows), run.output)

@@ -72,9 +72,13 @@ class BoxTable:
     area: Array
     sizes: Array
     """Int64 `[N, 2]`: height and width as annotated, 0 where nothing was said."""
+    ids: Mapping[str, Any]
+    """The ids that the data itself gives its classes (COCO); empty where it has none."""
 
     @classmethod
-    def build(cls, pictures: Sequence[Annotated], number: Mapping[str, int]) -> BoxTable:
+    def build(
+        cls, pictures: Sequence[Annotated], number: Mapping[str, int], ids: Mapping[str, Any]
+    ) -> BoxTable:
         """The table of pictures whose labels all have a number."""
         flat = [box for picture in pictures for box in picture.boxes]
         own = [(b.right - b.left) * (b.bottom - b.top) if b.area is None else b.area for b in flat]
@@ -85,6 +89,7 @@ class BoxTable:
             crowd=np.array([box.crowd for box in flat], dtype=bool),
             area=np.array(own, dtype=np.float32),
             sizes=np.array([picture.size or (0, 0) for picture in pictures], dtype=np.int64).reshape(-1, 2),
+            ids=dict(ids),
         )
 
     def of(self, row: int) -> PictureBoxes:

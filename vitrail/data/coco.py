@@ -41,8 +41,8 @@ def find(
     files: Iterable[tuple[int, list[str]]],
     notes: list[str],
     listed: dict[str, list[str]],
-) -> tuple[list[Annotated], list[str]]:
-    """The pictures of some json files of a store with their boxes, and the class names in the order of their ids.
+) -> tuple[list[Annotated], dict[str, Any]]:
+    """The pictures of some json files of a store with their boxes, and the id of every class, in the order of the ids.
 
     Raises DataError for a file that is no COCO json, an annotation of an unknown picture or category, or
     pictures that are nowhere to be found.
@@ -52,7 +52,7 @@ def find(
         if is_picture(parts[-1]):
             by_name[parts[-1]].append((entry, "/".join(parts)))
     found: list[Annotated] = []
-    classes: list[str] = []
+    classes: dict[str, Any] = {}
     for entry, parts in files:
         where = os.path.join(store.place, store.names[entry])
         table = _table(store, entry, where)
@@ -60,12 +60,12 @@ def find(
         split = split_of(parts)
         boxes = _boxes(table, names, where)
         found += _pictures(table, boxes, by_name, (number, split, parts[:-1]), where, listed)
-        order = list(names.values())
-        if classes and order != classes and set(order) != set(classes):
+        if classes and set(names.values()) != set(classes):
             notes.append(
                 f"{where} lists other categories than the file before it; classes go by their names."
             )
-        classes += [name for name in order if name not in classes]
+        for id, name in names.items():
+            classes.setdefault(name, id)
     return found, classes
 
 
@@ -104,14 +104,20 @@ def _categories(table: Mapping[str, Any], where: str, notes: list[str]) -> dict[
     except (KeyError, TypeError):
         raise DataError(f"{where}: every category needs an id and a name.") from None
     twice = [name for name, count in Counter(names.values()).items() if count > 1]
-    if twice or len(names) < len(table["categories"]):
-        raise DataError(f"{where}: categories with the same name or id ({some(twice or names)}).")
+    twice += _twice(table["categories"])
+    if twice:
+        raise DataError(f"{where}: categories with the same name or id ({some(twice)}).")
     ids = list(names)
     if ids and ids != list(range(len(ids))):
         notes.append(
             f"{where}: category ids {ids[0]}..{ids[-1]} are counted 0..{len(ids) - 1} here, in the same order."
         )
     return names
+
+
+def _twice(items: Iterable[Mapping[str, Any]]) -> list[Any]:
+    """The ids that more than one of the items have."""
+    return [id for id, count in Counter(item.get("id") for item in items).items() if count > 1]
 
 
 def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> dict[Any, list[Box]]:
@@ -121,6 +127,8 @@ def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> di
         if not isinstance(image, dict):
             raise DataError(f"{where}: images are objects with id and file_name; got {image!r}.")
         boxes[image.get("id")] = []
+    if twice := _twice(table["images"]):
+        raise DataError(f"{where}: images with the same id, or without one ({some(twice)}).")
     strange: Counter[str] = Counter()
     for item in table["annotations"]:
         try:
@@ -175,8 +183,6 @@ def _pictures(
         edges = (item.get("height"), item.get("width"))
         if not all(edge is None or (isinstance(edge, int | float) and edge >= 0) for edge in edges):
             raise DataError(f"{where}: height and width of an image are numbers of pixels; got {item}.")
-    if len(boxes) < len(table["images"]):
-        raise DataError(f"{where}: images with the same id, or without one.")
     missing: list[str] = []
     found: list[Annotated] = []
     for item in table["images"]:

@@ -83,11 +83,12 @@ def open_boxes(
     notes: list[str] = []
     listed: dict[str, list[str]] = {}
     stores: list[Store] = []
-    ordered: list[str] = []
+    ids: dict[str, Any] = {}
 
     def read(path: str) -> list[Annotated]:
         found, names = _read_boxes(path, stores, notes, listed)
-        ordered.extend(name for name in names if name not in ordered)
+        for name, id in names.items():
+            ids.setdefault(name, id)
         return found
 
     pools, given = _pools(paths, val, read, stores, notes, val_share, seed)
@@ -96,7 +97,7 @@ def open_boxes(
     used = sorted({box.label for picture in pictures for box in picture.boxes})
     if not used:
         raise DataError(f"{some(paths)}: {len(pictures)} pictures and not one sound box to learn from.")
-    known = tuple(classes) or (*ordered, *(name for name in used if name not in ordered))
+    known = tuple(classes) or (*ids, *(name for name in used if name not in ids))
     unknown = [name for name in used if name not in known]
     if unknown:
         raise DataError(
@@ -108,7 +109,7 @@ def open_boxes(
     empty = [stores[p.store].names[p.entry] for p in pictures if not p.boxes]
     listed["pictures without a box"] = empty
     _tell(listed, len(pictures), notes)
-    table = BoxTable.build(pictures, {name: number for number, name in enumerate(known)})
+    table = BoxTable.build(pictures, {name: number for number, name in enumerate(known)}, ids)
     kept = {kind: tuple(names) for kind, names in listed.items() if names}
     rows = np.array([(p.store, p.entry, row) for row, p in enumerate(pictures)], dtype=np.int64)
     everything = BoxSource(stores, rows, known, table, notes, kept)
@@ -193,8 +194,8 @@ def _lines(text: str) -> tuple[str, ...]:
 
 def _read_boxes(
     path: str, stores: list[Store], notes: list[str], listed: dict[str, list[str]]
-) -> tuple[list[Annotated], list[str]]:
-    """The annotated pictures of one path, and the class names in the order that it tells, if it does."""
+) -> tuple[list[Annotated], dict[str, Any]]:
+    """The annotated pictures of one path, and the ids of the classes in the order that it tells, if it does."""
     if path.lower().endswith(".json"):
         file = Path(path)
         if not file.is_file():
@@ -212,8 +213,7 @@ def _read_boxes(
         return coco.find(store, len(stores) - 1, files, notes, listed)
     if not voc.annotation_files(store):
         raise DataError(f"{path}: no COCO json and no VOC xml in it; it holds {_kinds_in(store).pop()}.")
-    found = voc.find(store, len(stores) - 1, notes, listed)
-    return found, sorted({box.label for picture in found for box in picture.boxes})
+    return voc.find(store, len(stores) - 1, notes, listed), {}
 
 
 def _pools(

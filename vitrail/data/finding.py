@@ -8,7 +8,7 @@ import importlib.util
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +42,21 @@ OTHER_TASKS = {"images", "masks", "jpegimages", "annotations", "labels", "images
 """Folder names that speak of detection or segmentation, not of classes."""
 
 
-UNREAD = (".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".dng", ".raw")
+UNREAD = (
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".heic",
+    ".heif",
+    ".avif",
+    ".jp2",
+    ".dng",
+    ".raw",
+    ".ppm",
+    ".pgm",
+    ".tga",
+)
 """Endings of pictures that are not read."""
 
 
@@ -74,9 +88,7 @@ def find(path: str, stores: list[Store], notes: list[str]) -> list[Found]:
     if not pictures:
         seen = f"; it holds {_tally(others)}" if others else ""
         raise DataError(f"No pictures in {path} ({', '.join(sorted(SUFFIXES))}){seen}.")
-    unread = {ending: count for ending, count in others.items() if ending in UNREAD}
-    if unread:
-        notes.append(f"{path}: {_tally(unread)} left out; convert them to PNG to use them.")
+    note_unread(path, (store.names[entry] for entry, _ in entries(store)), notes.append)
     found = _by_folder(path, len(stores) - 1, pictures, notes)
     _empty_classes(store, found, notes)
     return found
@@ -209,6 +221,18 @@ def some(names: Iterable[object], most: int = 5) -> str:
     listed = [str(name) for name in names]
     rest = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + rest
+
+
+def is_unread(name: str) -> bool:
+    """Whether a file is, by its ending, a picture of a kind that is not read."""
+    return os.path.splitext(name)[1].lower() in UNREAD
+
+
+def note_unread(place: str, names: Iterable[str], say: Callable[[str], None]) -> None:
+    """A word on the pictures below a place that are left out for their kind."""
+    unread = Counter(os.path.splitext(name)[1].lower() for name in names if is_unread(name))
+    if unread:
+        say(f"{place}: {_tally(unread)} left out; convert them to PNG to use them.")
 
 
 def _tally(endings: dict[str, int] | Counter[str]) -> str:

@@ -278,7 +278,7 @@ class Loader:
             raise DataError(
                 f"{len(self.skipped)} of {count} pictures could not be read so far, more than the "
                 f"{self.max_bad_share:.2%} that are tolerated; the first: {first} "
-                "Look at them with vitrail data check, or raise max_bad_share."
+                "Look at them with vitrail data check, or raise max_bad_share (--max-bad-share)."
             )
 
     def _explained(self, error: RuntimeError) -> Exception:

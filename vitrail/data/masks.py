@@ -242,13 +242,20 @@ def class_numbers(
         )
     unmet = [value for value in range(first, count + first) if value not in met and value not in ignored]
     if not classes and len(unmet) > len(met):
+        row = next(value for value in range(first, 257) if value not in met)  # where the numbers in a row end
+        strays = [value for value in met if value > row]
+        told = (
+            f" Behind {row - 1} there is a gap: if {some(strays)} {'are' if len(strays) > 1 else 'is'} no class, say"
+            f" --ignore {' '.join(map(str, strays))}."
+        )
         raise DataError(
             f"{where}: the masks hold {_values(pixels, files, met)}: no class numbers in a row from {first}."
-            " Renumber them, or name the classes with --classes."
+            f"{told if row > first else ''} Else renumber them, or name the classes with --classes."
         )
     if count < 2:
         raise DataError(
             f"{where}: the masks hold one class only ({_values(pixels, files)}); a segmenter needs two or more."
+            + (" 255 never is one: write 1 in its place." if pixels[IGNORED] else "")
         )
     if unmet:
         notes.append(f"No mask holds {some(unmet, 10)}; nothing is learned about them.")

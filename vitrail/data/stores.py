@@ -265,7 +265,9 @@ def open_store(place: str) -> Store:
         return Tar(place)
     if lower.endswith((".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".tar.zst", ".gz", ".7z", ".rar")):
         raise DataError(f"{place}: a compressed archive cannot be read at given places; unpack it first.")
-    raise DataError(f"{place}: data is a folder, a .zip or .tar archive, a .csv, or the word digits.")
+    raise DataError(
+        f"{place}: data is a folder, a .zip or .tar archive, a .csv, a COCO .json, or the word digits."
+    )
 
 
 def entries(store: Store) -> Iterator[tuple[int, list[str]]]:

@@ -60,7 +60,7 @@ class Neighbours:
             )
         self.engine, self.name, self.precision = engine, "neighbours", engine.precision
         self.classes = len(classes)
-        self.card = dataclasses.replace(engine.card, labels=classes, folders=())
+        self.card = dataclasses.replace(engine.card, labels=classes, folders=(), ids=())
         vectors, targets = [], []
         self.places: dict[bytes, list[int]] = {}
         self.met = 0

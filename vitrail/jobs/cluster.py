@@ -220,7 +220,7 @@ def layout(task: str) -> Any:
 
     text, number, real = pa.string(), pa.int64(), pa.float64()
     guess = pa.struct([("label", text), ("index", number), ("score", real)])
-    box = pa.struct([("bbox", pa.list_(real)), ("category", text), ("category_id", number), ("score", real)])
+    box = pa.struct([("bbox", pa.list_(real)), ("label", text), ("index", number), ("score", real)])
     share = pa.struct([("label", text), ("index", number), ("pixels", number), ("share", real)])
     size = [("height", number), ("width", number)]
     own = {

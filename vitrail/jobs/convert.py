@@ -69,7 +69,7 @@ def convert(run: ConvertRun) -> Converted:
         ProofError: the layout does not give back what was read, or the disk what was written; then nothing is left
             of it.
     """
-    tensors, card, digest = loading.read(run.source)
+    tensors, card, digest = loading.read(run.source, averaged=run.averaged)
     name = run.model or _named(card) or _found(tensors, run.source)
     module = registry.family_of(name)
     if getattr(module, "AVERAGED", False):

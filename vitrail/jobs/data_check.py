@@ -20,8 +20,10 @@ import numpy as np
 
 from vitrail.data.dense import kinds_of
 from vitrail.data.dense_loader import check_size
+from vitrail.data.finding import is_unread
 from vitrail.data.image import decode
 from vitrail.data.sources import Source, Splits
+from vitrail.data.stores import entries
 from vitrail.disk import write_atomically
 from vitrail.errors import ImageError
 from vitrail.jobs.contact_sheet import Tile, draw_sheet
@@ -165,8 +167,9 @@ def check(
     if rows:
         draw_sheet(rows, sheet)
         files.append(sheet)
-    if source.kind != "classes":
-        files.append(draw_overlays(source, [look.number for look in looks if not look.reason], folder))
+    sound = [look.number for look in looks if not look.reason]
+    if source.kind != "classes" and sound:
+        files.append(draw_overlays(source, sound, folder))
     report = DataReport(**{**vars(report), "files": tuple(map(str, files))})
     text = json.dumps(report.to_dict(), indent=2, ensure_ascii=False) + "\n"
     write_atomically(written, text.encode("utf-8", "surrogateescape"))
@@ -256,8 +259,19 @@ def _judged(
         imbalance=round(max(numbers) / max(1, min(numbers)), 2),
         notes=[note for note in splits.notes if not note.startswith("Validation has no picture")],
         counted={"boxes": "boxes", "masks": "pixels"}.get(source.kind, "pictures"),
-        listed={kind: list(names) for kind, names in getattr(source, "listed", {}).items()},
+        listed={kind: list(names) for kind, names in getattr(source, "listed", {}).items()} | _unread(source),
     )
+
+
+def _unread(source: Source) -> dict[str, list[str]]:
+    """Pictures beside the others that nothing reads: whoever put them there thinks that they are learned."""
+    names = [
+        f"{store.place}/{store.names[entry]}"
+        for store in source.stores
+        for entry, parts in entries(store)
+        if is_unread(parts[-1])
+    ]
+    return {"picture of a kind that is not read (convert it to PNG)": names} if names else {}
 
 
 def _spread(sides: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[int]]:

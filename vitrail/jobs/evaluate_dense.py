@@ -121,7 +121,13 @@ def open_for(
     if kind == "masks":
         options |= {"ignore": ignore, "reduce_zero": reduce_zero, "otherwise": card.labels or ()}
         known = card.recipe
-        if not ignore and known.get("ignore"):
+        otherwise = reduce_zero and not known.get("reduce_zero")  # other numbers than those of training
+        if not ignore and known.get("ignore") and otherwise:
+            values = ", ".join(map(str, known["ignore"]))
+            notes.append(
+                f"masks: with --reduce-zero the numbers are not those of training, which ignored {values}"
+            )
+        elif not ignore and known.get("ignore"):
             options["ignore"] = tuple(known["ignore"])
             notes.append(f"masks: {', '.join(map(str, known['ignore']))} ignored, as in training")
         if not reduce_zero and known.get("reduce_zero"):

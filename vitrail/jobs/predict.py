@@ -29,6 +29,8 @@ class Predictions:
     """Images that there are, readable or not."""
     labels: tuple[str, ...]
     """The model's class names."""
+    ids: tuple[int, ...] = ()
+    """The classes' ids in the training data, where it numbers them itself."""
     records: Iterator[Any]
     """Prediction, BoxPrediction or Segmentation."""
     task: str = "image-classification"
@@ -74,7 +76,10 @@ def predict(run: PredictRun) -> Predictions:
     if task != "image-classification":
         folder = Path(run.draw or "predictions")
         records = _drawn(records, predictor.labels, folder)
-    return Predictions(total=len(paths), labels=predictor.labels, records=records, task=task, folder=folder)
+    ids = predictor.engine.card.ids
+    return Predictions(
+        total=len(paths), labels=predictor.labels, ids=ids, records=records, task=task, folder=folder
+    )
 
 
 def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Iterator[Any]:
@@ -115,11 +120,13 @@ def free_name(stem: str, taken: set[str], endings: Sequence[str] = ()) -> str:
     return name
 
 
-def coco_form(records: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
+def coco_form(records: Sequence[Any], labels: Sequence[str], ids: Sequence[int] = ()) -> dict[str, Any]:
     """Boxes as a COCO json with images, categories and annotations; each annotation has its score.
 
-    Ids count from 1; the file is read by COCO's tools and by vitrail itself.
+    Categories have `ids`, those of the training data, or count from 1, as pictures do. The file is read by COCO's tools
+    and by vitrail itself.
     """
+    ids = ids or range(1, len(labels) + 1)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for number, record in enumerate(records, 1):
@@ -134,12 +141,12 @@ def coco_form(records: Sequence[Any], labels: Sequence[str]) -> dict[str, Any]:
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": box.index + 1,
+                    "category_id": ids[box.index],
                     "bbox": [round(value, 2) for value in (left, top, wide, tall)],
                     "area": round(wide * tall, 2),
                     "iscrowd": 0,
                     "score": round(box.score, 5),
                 }
             )
-    categories = [{"id": number, "name": label} for number, label in enumerate(labels, 1)]
+    categories = [{"id": number, "name": label} for number, label in zip(ids, labels, strict=True)]
     return {"images": images, "categories": categories, "annotations": annotations}

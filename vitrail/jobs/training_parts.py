@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail import config as records
+from vitrail.data.boxes import BoxSource
 from vitrail.data.transforms import constants
 from vitrail.errors import ConfigError, ModelError
 from vitrail.jobs.doctor import usable_cores
@@ -102,11 +103,19 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
         model.card,
         labels=labels,
         folders=data.classes if labels != data.classes else (),
+        ids=_ids(data),
         preprocessing=_preprocessing(run, model, data),
         source="trained with vitrail",
         data=", ".join(Path(path).name for path in run.data),
     )
     return model
+
+
+def _ids(data: Data) -> tuple[int, ...]:
+    """What COCO data calls its classes by number; nothing where it does not."""
+    known = data.train.table.ids if isinstance(data.train, BoxSource) else {}
+    ids = tuple(known.get(name) for name in data.classes)
+    return cast(tuple[int, ...], ids) if all(isinstance(id, int) for id in ids) else ()
 
 
 def _called(card: Card, classes: tuple[str, ...]) -> tuple[str, ...]:

@@ -77,7 +77,11 @@ class Dense(Model):
             head.reset(num_classes)
         self.config = config
         self.card = dataclasses.replace(
-            self.card, labels=None, folders=(), config={**self.card.config, "num_classes": num_classes}
+            self.card,
+            labels=None,
+            folders=(),
+            ids=(),
+            config={**self.card.config, "num_classes": num_classes},
         )
 
     def set_grad_checkpointing(self, on: bool = True) -> None:

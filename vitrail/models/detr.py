@@ -175,6 +175,7 @@ CARDS: dict[str, Card] = {
     name: Card(
         architecture=name,
         task=TASK,
+        ids=() if name.endswith("nano") else tuple(range(config.num_classes)),  # COCO's own, gaps included
         preprocessing=Preprocessing(
             input_size=config.img_size,
             mean=(0.485, 0.456, 0.406),

@@ -50,9 +50,14 @@ PARTS = ("Config", "build", "VARIANTS", "CARDS", "RENAMES")
 """What a family's module must have to be used; TINY is for tests."""
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted."""
-    names = [name for family in FAMILIES for name in _module(family).VARIANTS]
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted; with `pretrained`
+    those of the models that ship, with their tags."""
+    from vitrail.weights import shipped
+
+    names = (
+        shipped.names() if pretrained else [name for family in FAMILIES for name in _module(family).VARIANTS]
+    )
     return sorted(name for name in names if fnmatch.fnmatch(name, pattern) or pattern in name)
 
 
@@ -117,7 +122,8 @@ def create_model(
 ) -> Model:
     """Build a model by name, and load weights into it where a path is given.
 
-    name: a variant (`list_models()`), with or without a `.tag`, or `package.module:variant`.
+    name: a variant (`list_models()`), with or without a `.tag`, or `package.module:variant`. The full name of a model
+        that ships means its configuration, also without its weights; other tags (timm's) change nothing.
     pretrained: a model folder or a weight file in any published layout of the family; True takes the weights
         that ship with vitrail, and their configuration in place of the variant's. The receipt of what was loaded is
         the model's `receipt`.
@@ -130,9 +136,8 @@ def create_model(
     asked = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
     changes |= {field: value for field, value in asked.items() if value is not None}
     path = _shipped(name) if pretrained is True else pretrained
-    config = (
-        changed(_kept_config(family, path), **changes) if pretrained is True else variant(name, **changes)
-    )
+    told = path if pretrained is True else None if path else _by_full_name(name)
+    config = changed(_kept_config(family, told), **changes) if told else variant(name, **changes)
     if path and num_classes is None:
         config = _classes_of(family, config, path)
     model = from_config(name, config)
@@ -190,14 +195,23 @@ def _shipped(name: str) -> Path:
 
     found = shipped.find(name)
     if found is None:
+        several = [known for known in shipped.names() if known.partition(".")[0] == _bare(name)]
         raise ModelError(
-            f"No weights of {name} ship with vitrail, or several do (there are {', '.join(shipped.names())}). Give a"
-            " model folder or a weight file: pretrained='PATH'."
+            f"Several weights of {name} ship: name one, {' or '.join(several)}."
+            if len(several) > 1
+            else f"No weights of {name} ship with vitrail; those of {', '.join(shipped.names())} do. Give a model"
+            " folder or a weight file: pretrained='PATH'."
         )
     return found
 
 
-def _kept_config(family: ModuleType, folder: str | Path | bool) -> Any:
+def _by_full_name(name: str) -> Path | None:
+    from vitrail.weights import shipped
+
+    return shipped.by_full_name(name)
+
+
+def _kept_config(family: ModuleType, folder: str | Path) -> Any:
     """The configuration that a model folder's card tells."""
     from vitrail.weights.folder import read_card
 

@@ -46,6 +46,7 @@ def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, 
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     add = app.add_api_route
+    add("/health", desk.ready, response_class=Response, include_in_schema=False)  # where many look first
     add("/health/live", desk.live, response_class=Response, **schema.LIVE)
     add("/health/ready", desk.ready, response_class=Response, **schema.READY)
     add(

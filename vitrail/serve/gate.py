@@ -26,7 +26,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-OPEN = ("/health/", "/v2/health/", "/page/", "/docs", "/openapi.json")
+OPEN = ("/health", "/v2/health/", "/page/", "/docs", "/openapi.json")
 """What needs no token: it tells nothing of the models."""
 
 HEADERS = (

@@ -58,12 +58,12 @@ class Box:
     """(x1, y1, x2, y2) in pixels of the original picture; may reach beyond its edges."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, in COCO's words: bbox is [x, y, width, height]."""
+        """JSON-ready: bbox is [x, y, width, height], as in COCO."""
         x1, y1, x2, y2 = self.corners
         return {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "category": self.label,
-            "category_id": self.index,
+            "label": self.label,
+            "index": self.index,
             "score": self.score,
         }
 
@@ -82,7 +82,7 @@ class BoxPrediction:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: source, height, width, detections (bbox, category, category_id, score each), error; of a
+        """JSON-ready: source, height, width, detections (bbox, label, index, score each), error; of a
         panoptic network segments_info too."""
         told = {} if self.segments is None else {"segments_info": self.segments.to_dict()["segments_info"]}
         return {

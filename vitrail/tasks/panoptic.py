@@ -55,12 +55,12 @@ class PanopticPrediction:
     segments: tuple[Segment, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, in COCO panoptic's words, without the map."""
+        """JSON-ready, without the map: id, label, index, isthing, score and area (pixels) of each segment."""
         told = [
             {
                 "id": segment.number,
-                "category": segment.label,
-                "category_id": segment.index,
+                "label": segment.label,
+                "index": segment.index,
                 "isthing": segment.thing,
                 "score": segment.score,
                 "area": segment.pixels,

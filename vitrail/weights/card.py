@@ -104,6 +104,9 @@ class Card:
     """What the training data called the classes, where that is no name for people (ImageNet's n01440764): data under
     these names is understood."""
 
+    ids: tuple[int, ...] = ()
+    """The classes' ids in the training data, where it numbers them itself (COCO's `category_id`)."""
+
     preprocessing: Preprocessing = field(default_factory=Preprocessing)
     """What the network wants to see."""
 
@@ -174,6 +177,7 @@ class Card:
             "layout": self.layout,
             "licence": self.licence,
             "folders": list(self.folders),
+            "ids": list(self.ids),
             "source": self.source,
             "sha256": self.sha256,
             "scores": dict(self.scores),
@@ -260,6 +264,7 @@ class Card:
                 task=own.get("task", "image-classification"),
                 labels=_labels(view),
                 folders=tuple(str(name) for name in own.get("folders") or ()),
+                ids=tuple(int(number) for number in own.get("ids") or ()),
                 preprocessing=_preprocessing({**own, **view}, preprocessor or {}),
                 preprocessing_told=bool(preprocessor) or _by_timm({**own, **view}) is not None,
                 config=config,

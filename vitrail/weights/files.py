@@ -375,9 +375,16 @@ def _unwrapped(content: Any, path: Path, averaged: bool) -> dict[str, Tensor]:
     for _ in range(4):
         if not isinstance(content, Mapping):
             raise WeightsError(f"{path} holds a {type(content).__name__}, not tensors by name.")
-        inner = next((key for key in order if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
+        inside = [key for key in order if isinstance(content.get(key), Mapping)]
+        if not inside:
             break
+        inner = inside[0]
+        averages = [key for key in AVERAGED if key in inside and key != inner]
+        if averages:
+            logger.warning(
+                "%s holds %s and, averaged over training, %s; the first is taken (convert --averaged takes the other)",
+                path, inner, ", ".join(averages),
+            )  # fmt: skip
         content = content[inner]
     tensors = {str(key): value.detach() for key, value in content.items() if isinstance(value, Tensor)}
     others = [str(key) for key, value in content.items() if not isinstance(value, Tensor)]

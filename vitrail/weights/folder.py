@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from vitrail.disk import flush_folder
-from vitrail.errors import WeightsError
+from vitrail.errors import WeightsError, suggestion
 from vitrail.weights import files, shipped
 from vitrail.weights.card import Card
 
@@ -128,9 +128,16 @@ def model_folder(folder: str | Path) -> Path:
     """The model's folder that a path or a name means (`find`). Raises WeightsError where there is none."""
     place = find(folder)
     if place is None:
+        if Path(folder).is_file():
+            raise WeightsError(
+                f"{folder} is a file, and a model folder is asked for. `vitrail convert` makes one of a weight file;"
+                " what export wrote predicts, is evaluated and served, but holds no network to look into or train."
+            )
         ships = ", ".join(shipped.names())
+        near = suggestion(str(folder), shipped.names())
         raise WeightsError(
-            f"{folder} is no folder{f', and no model that ships ({ships})' if ships else ''}.{files.hub_cure(folder)}"
+            f"{folder} is no folder{f', and no model that ships ({ships})' if ships else ''}.{near}"
+            f"{files.hub_cure(folder)}"
         )
     if (place / "metrics.jsonl").exists() and not (place / CONFIG).exists():
         raise WeightsError(

@@ -14,13 +14,13 @@ export async function drawFindings(record, image, figure, colours) {
   const line = Math.max(2, canvas.width / 320), boxes = record.detections ?? [];
   context.font = `600 ${Math.max(12, canvas.width / 45)}px system-ui, sans-serif`;
   for (const box of [...boxes].reverse()) {
-    const [x, y, w, h] = box.bbox.map((value) => value * scale), paint = colours[box.category_id % colours.length];
+    const [x, y, w, h] = box.bbox.map((value) => value * scale), paint = colours[box.index % colours.length];
     context.lineWidth = line; context.strokeStyle = paint; context.strokeRect(x, y, w, h);
-    const text = `${box.category} ${(100 * box.score).toFixed(0)}`, high = Math.max(14, canvas.width / 38);
+    const text = `${box.label} ${(100 * box.score).toFixed(0)}`, high = Math.max(14, canvas.width / 38);
     context.fillStyle = paint; context.fillRect(x - line / 2, Math.max(0, y - high), context.measureText(text).width + 8, high);
     context.fillStyle = "#fff"; context.fillText(text, x + 3, Math.max(high, y) - high * .25);
   }
-  const words = record.detections ? boxes.map((box) => `${box.category} ${(100 * box.score).toFixed(0)} %`).join(", ") || "nothing found" : record.classes.map(({ label, share }) => `${label} ${(100 * share).toFixed(1)} %`).join(", ");
+  const words = record.detections ? boxes.map((box) => `${box.label} ${(100 * box.score).toFixed(0)} %`).join(", ") || "nothing found" : record.classes.map(({ label, share }) => `${label} ${(100 * share).toFixed(1)} %`).join(", ");
   figure.querySelector("span").textContent = words;
   canvas.setAttribute("aria-label", `The picture with what was found: ${words}`);
 }

@@ -120,7 +120,7 @@ function findings(answer, name) {  // boxes or the mask over the picture
 function guesses(record, colours = []) {  // what bars show: classes, boxes by their score, or shares of the picture
   if (record.predictions) return record.predictions;
   if (record.classes) return record.classes.map(({ label, index, share }) => ({ label, score: share, colour: colours[index] }));
-  return record.detections.map((box) => ({ label: box.category, score: box.score, colour: colours[box.category_id % colours.length] })).slice(0, 20);
+  return record.detections.map((box) => ({ label: box.label, score: box.score, colour: colours[box.index % colours.length] })).slice(0, 20);
 }
 
 function verdict(record) {
@@ -137,7 +137,7 @@ function showChoices({ model: name, results: [record] }) {
   const seen = record.predictions ?? record.classes?.map(({ share, ...rest }) => ({ score: share, ...rest })) ?? [];
   const numbers = new Set(seen.map((guess) => guess.index)), rest = record.predictions ? model.labels.map((name, index) => [name, index]).filter(([, index]) => !numbers.has(index)) : [];
   $("class").replaceChildren(
-    ...(record.detections ?? []).map((box, at) => new Option(`${at + 1}: ${box.category} (${percent(box.score)})`, at)),
+    ...(record.detections ?? []).map((box, at) => new Option(`${at + 1}: ${box.label} (${percent(box.score)})`, at)),
     ...seen.map((guess) => new Option(`${guess.label} (${percent(guess.score)})`, guess.index)),
     ...rest.map(([name, index]) => new Option(name, index)));
   if (state.classOf === state.file && [...$("class").options].some((option) => option.value === kept)) $("class").value = kept;
