@@ -223,6 +223,7 @@ def test_predict_writes_index_masks_and_drawings(
     assert [one.error is None for one in found] == [True, True, False]
     drawn = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert drawn == ["1-2-mask.png", "1-2.png", "1-mask.png", "1.png"]
+    assert found[0].to_dict()["mask_file"] == str(tmp_path / "out" / "1-mask.png")
     with Image.open(tmp_path / "out" / "1-mask.png") as mask:
         assert mask.mode == "P" and mask.size == (SIDE, SIDE)
         assert np.array_equal(np.asarray(mask), found[0].mask.numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,9 @@ def _drawn(records: Iterator[Any], labels: Sequence[str], folder: Path) -> Itera
             else:
                 mask = record.mask.numpy()
                 drawing = draw_mask(pixels, mask, labels)
-                write_atomically(folder / f"{name}-mask.png", index_png(mask, len(labels)))
+                file = folder / f"{name}-mask.png"
+                write_atomically(file, index_png(mask, len(labels)))
+                record = replace(record, mask_file=str(file))
             write_atomically(folder / f"{name}.png", as_png(drawing))
         yield record
 

@@ -49,6 +49,8 @@ class Segmentation:
     """Class numbers at the picture's own size, on the CPU."""
     shares: tuple[Share, ...] = ()
     """The classes that occur, the largest first."""
+    mask_file: str | None = None
+    """The index PNG in which the mask was written, where one was."""
     error: str | None = None
 
     @property
@@ -57,8 +59,8 @@ class Segmentation:
         return self.shares[0].label if self.shares else None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: source, height, width, classes (label, index, pixels, share each), error. No mask: that is
-        what an index PNG is for."""
+        """JSON-ready: source, height, width, classes (label, index, pixels, share each), mask_file where the mask
+        was written, error. No mask itself: that is what an index PNG is for."""
         rows, columns = (None, None) if self.mask is None else tuple(self.mask.shape)
         return {
             "source": self.source,
@@ -68,6 +70,7 @@ class Segmentation:
                 {"label": s.label, "index": s.index, "pixels": s.pixels, "share": s.share}
                 for s in self.shares
             ],
+            **({} if self.mask_file is None else {"mask_file": self.mask_file}),
             "error": self.error,
         }
 
