@@ -59,6 +59,9 @@ compiled with its linear layers in float8 (torchao, one scale a tensor; emulated
 
 INFER_BATCH = 256
 
+LONGEST = 120.0
+"""Seconds that a turn may take."""
+
 
 @dataclass(frozen=True)
 class Contender:
@@ -97,7 +100,8 @@ def build(contender: Contender, device: torch.device) -> nn.Module:
     """The contender's network on the device, compiled as it asks."""
     torch.manual_seed(0)
     if contender.maker == "vitrail":
-        network: Any = registry.create_model(contender.model, drop_path_rate=contender.drop_path)
+        with device:  # filled where it will run: the CPU takes seconds for a large one
+            network: Any = registry.create_model(contender.model, drop_path_rate=contender.drop_path)
         if contender.subset:
             drop_by_subset(network)
         if contender.patch_drop:
@@ -105,7 +109,8 @@ def build(contender: Contender, device: torch.device) -> nn.Module:
     else:
         import timm
 
-        network = timm.create_model(contender.model, drop_path_rate=contender.drop_path)
+        with device:
+            network = timm.create_model(contender.model, drop_path_rate=contender.drop_path)
     network.to(device)
     if contender.way in ("blocks", "fp8"):
         ours = contender.maker == "vitrail"
@@ -232,12 +237,13 @@ def start(contender: Contender, device: torch.device) -> tuple[Callable[[], Tens
             go()
             wait(device)
             break
-        except torch.OutOfMemoryError:
-            clear(device)
-            if not left:
+        except RuntimeError as error:  # cuBLAS and cuDNN have words of their own for it
+            if not left or not ("out of memory" in str(error) or "ALLOC_FAILED" in str(error)):
                 raise
-            time.sleep(5)
-    measured = peak(device)
+        clear(device)  # not inside `except`, whose traceback keeps the activations
+        time.sleep(5)
+    # What a replayed graph takes was set aside when it was recorded.
+    measured = reserved(device) if contender.way == "graphs" else peak(device)
     clear(device)
     return go, measured
 
@@ -281,15 +287,18 @@ def ready(contenders: list[Contender], device: str, at_once: int, patience: floa
 
 
 def take_turns(seats: list[Seat], rounds: int, steps: int) -> list[Seat]:
-    """Times them in turns, and sends them home; those that failed on the way are left out."""
+    """Times them in turns, and sends them home; those that failed or hung on the way are left out."""
     playing = list(seats)
     for _ in range(rounds):
         for seat in list(playing):
             try:
                 seat.pipe.send(steps)
+                if not seat.pipe.poll(LONGEST):
+                    raise EOFError
                 seat.seconds.append(seat.pipe.recv())
             except (EOFError, OSError):
                 print(f"{seat.contender.model}: {seat.contender.name} fell out", flush=True)
+                seat.process.kill()
                 playing.remove(seat)
     for seat in playing:
         seat.pipe.send(0)
@@ -336,26 +345,31 @@ def attention_table(device: torch.device, batch: int = 128, rounds: int = 20) ->
     ]
     table = []
     for heads, tokens, width in ((6, 197, 64), (12, 197, 64), (16, 197, 64), (16, 257, 80), (12, 577, 64)):
-        shape = (batch, heads, tokens, width)
-        q, k, v = (
-            torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)
+        # As a block has them: views of one product, and a gradient that lies like the tokens.
+        qkv = torch.randn(
+            batch, tokens, 3, heads, width, device=device, dtype=torch.bfloat16, requires_grad=True
         )
-        line = ["x".join(map(str, shape))]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, H, N, E] each
+        gradient = torch.randn(batch, tokens, heads, width, device=device, dtype=torch.bfloat16).transpose(
+            1, 2
+        )
+        line = [f"{batch}x{heads}x{tokens}x{width}"]
         for kernel in kernels:
             try:
                 with sdpa_kernel(kernel):
-                    best = min(timed_attention(q, k, v, device) for _ in range(rounds))
+                    best = min(timed_attention(q, k, v, gradient, device) for _ in range(rounds))
                 line.append(f"{1e3 * best:.2f}")
             except RuntimeError:
                 line.append("-")
         table.append(line)
+    clear(device)
     return table
 
 
-def timed_attention(q: Tensor, k: Tensor, v: Tensor, device: torch.device) -> float:
+def timed_attention(q: Tensor, k: Tensor, v: Tensor, gradient: Tensor, device: torch.device) -> float:
     wait(device)
     started = time.perf_counter()
-    F.scaled_dot_product_attention(q, k, v).sum().backward()
+    torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), gradient)
     wait(device)
     return time.perf_counter() - started
 
@@ -372,7 +386,7 @@ def end_to_end(model: str, data: list[str], batch: int, device: str, steps: int)
     with tempfile.TemporaryDirectory() as folder:
         run = TrainRun(
             data=tuple(data), val_share=0.0, model=model, steps=steps, batch_size=batch, device=device,
-            precision="bf16", compile=device != "cpu", eval_every=0, save_every=0, output=folder,
+            precision="bf16", compile=device != "cpu", resident=True, eval_every=0, save_every=0, output=folder,
         )  # fmt: skip
 
         def note(record: object) -> None:
@@ -412,6 +426,10 @@ def peak(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
 
 
+def reserved(device: torch.device) -> int:
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
@@ -445,6 +463,14 @@ def parse(doc: str | None, models: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=900.0, help="seconds after which one not ready is left out"
     )
+    parser.add_argument(
+        "--brief",
+        action="store_true",
+        help="ours by blocks alone from the third network on, timm eager and whole",
+    )
+    parser.add_argument(
+        "--hold", help="begin the race when this file is there, so that nothing else runs beside it"
+    )
     parser.add_argument("--attention", action="store_true", help="first time every attention kernel")
     parser.add_argument("--data", nargs="+", help="archives or folders for the way from files to weights")
     given = parser.parse_args()
@@ -464,6 +490,8 @@ def entered(given: argparse.Namespace) -> list[Contender]:
     found: list[Contender] = []
     for model, batch in zip(given.models, given.batch_sizes, strict=True):
         for maker, ways in (("vitrail", given.ways), ("timm", given.timm_ways or given.ways)):
+            if given.brief and model not in given.models[:2]:
+                ways = ["blocks"] if maker == "vitrail" else ["eager", "whole"]
             if "huge" in model:  # 32 blocks in one piece take minutes to compile
                 ways = [way for way in ways if way == "fp8"] + ["blocks"]
             ours = maker == "vitrail"
@@ -488,6 +516,10 @@ def main(doc: str | None = __doc__, models: list[str] | None = None, infer: list
     device = torch.device(given.device)
     print(f"{device_name(device)}, torch {torch.__version__}, bfloat16")
     seats = ready(entered(given), given.device, given.at_once, given.patience)
+    for _ in range(600):
+        if not given.hold or os.path.exists(given.hold):
+            break
+        time.sleep(0.5)
     if given.attention:
         print(
             plain_table(["B x H x N x E", "cudnn ms", "flash", "efficient", "math"], attention_table(device))

@@ -7,6 +7,7 @@ operation. Operations and ranges are torchvision's (`RandAugment`, `TrivialAugme
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -62,15 +63,25 @@ def _drawn(
     # The last kind leaves the picture alone.
     kind = torch.randint(len(operations) + 1, (count,), generator=generator)
     sign = 1 - 2 * torch.randint(2, (count,), generator=generator)
+    most = torch.tensor([*(operation.most(side) for operation in operations), 0.0])
+    signed = torch.tensor([*(operation.signed for operation in operations), False])
+    strength = share * most[kind] * torch.where(signed[kind], sign, 1)
+    # Two copies to the device for all operations: each one makes the host wait for it.
+    order = torch.argsort(kind, stable=True)
+    groups = torch.bincount(kind, minlength=len(operations) + 1).tolist()
+    rows = order.to(pictures.device, non_blocking=True).split(groups)
+    strengths = strength[order].to(pictures.device, torch.float32, non_blocking=True).split(groups)
     changed = pictures.clone()
-    for number, operation in enumerate(operations):
-        rows = (kind == number).nonzero()[:, 0]
-        if len(rows):
-            strength = share[rows] * operation.most(side) * (sign[rows] if operation.signed else 1)
-            there = rows.to(pictures.device, non_blocking=True)
-            strength = strength.to(pictures.device, torch.float32, non_blocking=True)
-            changed[there] = operation.apply(pictures[there], strength, fill)
+    for operation, there, own in zip(operations, rows, strengths, strict=False):
+        if len(there):
+            changed[there] = operation.apply(pictures[there], own, fill)
     return changed
+
+
+@functools.lru_cache(maxsize=64)
+def _kept(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """A few numbers on a device, copied there once."""
+    return torch.tensor(values, device=device)
 
 
 def shear_x(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
@@ -115,7 +126,9 @@ def _moved(
     count, _, height, width = pictures.shape
     across, along = (width / 2, height / 2) if origin is None else origin
     xx, xy, yx, yy, right, down = (
-        torch.as_tensor(value, device=pictures.device, dtype=torch.float32).expand(count)[:, None, None]
+        _kept((value,), pictures.device).expand(count)[:, None, None]
+        if isinstance(value, float)
+        else value[:, None, None]
         for value in (xx, xy, yx, yy, right, down)
     )
     x = torch.arange(width, device=pictures.device) + 0.5 - across - right  # [B, 1, w]
@@ -127,7 +140,7 @@ def _moved(
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     place = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)  # [B, h, w]
     taken = pictures.flatten(2).gather(2, place.flatten(1)[:, None].expand(-1, 3, -1)).view_as(pictures)
-    bare = torch.tensor(fill, device=pictures.device).round().to(torch.uint8)[:, None, None]
+    bare = _kept(fill, pictures.device).round().to(torch.uint8)[:, None, None]
     return torch.where(inside[:, None], taken, bare)
 
 
@@ -146,8 +159,7 @@ def contrast(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
 
 
 def sharpness(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
-    kernel = torch.ones(3, 3, device=pictures.device)
-    kernel[1, 1] = 5
+    kernel = _kept((1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0), pictures.device).view(3, 3)
     kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
     soft = pictures.float()
     soft[:, :, 1:-1, 1:-1] = F.conv2d(pictures.float(), kernel, groups=3).round()
@@ -194,7 +206,7 @@ def equalize(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
 
 def grey(images: Float[Tensor, "B 3 h w"]) -> Float[Tensor, "B 1 h w"]:
     """Grey by ITU-R 601."""
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None]
+    weights = _kept((0.299, 0.587, 0.114), images.device)[:, None, None]
     return (images * weights).sum(dim=1, keepdim=True)
 
 

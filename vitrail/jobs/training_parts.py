@@ -273,16 +273,15 @@ def objective(run: TrainRun, task: Any, model: Any, runtime: Runtime) -> Objecti
     teacher.to(runtime.device).eval().requires_grad_(False)
     model.set_distilled_training(True)
     from_ours, to_theirs = constants(model.card.preprocessing), constants(teacher.card.preprocessing)
+    # Back to pixels with our constants, and forward with the teacher's.
+    factor = [theirs / ours for ours, theirs in zip(from_ours[0], to_theirs[0], strict=True)]
+    shift = [
+        theirs - scale * ours for ours, theirs, scale in zip(from_ours[1], to_theirs[1], factor, strict=True)
+    ]
+    scale, offset = (torch.tensor(values, device=runtime.device)[:, None, None] for values in (factor, shift))
 
     def answer(images: Tensor) -> Tensor:
-        # Back to pixels with our constants, and forward with the teacher's.
-        factor = [theirs / ours for ours, theirs in zip(from_ours[0], to_theirs[0], strict=True)]
-        shift = [
-            theirs - scale * ours
-            for ours, theirs, scale in zip(from_ours[1], to_theirs[1], factor, strict=True)
-        ]
-        scale, offset = (images.new_tensor(values)[:, None, None] for values in (factor, shift))
-        output: Tensor = teacher(images * scale + offset)
+        output: Tensor = teacher(images * scale.to(images) + offset.to(images))
         return output
 
     return Distillation(task, answer, run.distill, run.distill_weight, run.distill_temperature)

@@ -90,24 +90,23 @@ def _keys(away: Float[Tensor, "M N"], a: float) -> Float[Tensor, "M N"]:
     return torch.where(away < 1, near, torch.where(away < 2, far, torch.zeros_like(far)))
 
 
-def sincos_1d(length: int, width: int) -> Float[Tensor, "one N D"]:
+def sincos_1d(length: int, width: int, device: torch.device | None = None) -> Float[Tensor, "one N D"]:
     """Sines at even channels, cosines at odd ones, wavelengths 2π to 10000·2π (Vaswani et al., section 3.5)."""
-    positions = torch.arange(length, dtype=torch.float64)[:, None]
-    rates = 10000.0 ** (-2 * (torch.arange(width) // 2).double() / width)
-    angles = positions * rates  # [N, D]
-    table = torch.where(torch.arange(width) % 2 == 0, angles.sin(), angles.cos())
+    positions = torch.arange(length, dtype=torch.float64, device=device)[:, None]
+    channels = torch.arange(width, device=device)
+    angles = positions * 10000.0 ** (-2 * (channels // 2).double() / width)  # [N, D]
+    table = torch.where(channels % 2 == 0, angles.sin(), angles.cos())
     return table.float()[None]
 
 
-def sincos_2d(grid: Grid, width: int) -> Float[Tensor, "one N D"]:
+def sincos_2d(grid: Grid, width: int, device: torch.device | None = None) -> Float[Tensor, "one N D"]:
     """[sin x, cos x, sin y, cos y], a quarter of the width each, x the column (big_vision's order and divisor)."""
     if width % 4:
         raise ModelError(f"Sine/cosine positions in two dimensions need a width that 4 divides; got {width}.")
     quarter = width // 4
-    rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64) / max(1, quarter - 1))
-    rows, columns = torch.meshgrid(
-        torch.arange(grid.rows).double(), torch.arange(grid.columns).double(), indexing="ij"
-    )
+    rates = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=device) / max(1, quarter - 1))
+    sides = (torch.arange(side, dtype=torch.float64, device=device) for side in grid)
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
     x, y = columns.reshape(-1, 1) * rates, rows.reshape(-1, 1) * rates  # [N, D / 4]
     return torch.cat([x.sin(), x.cos(), y.sin(), y.cos()], dim=1).float()[None]
 
@@ -174,9 +173,9 @@ class SinCosPosition(nn.Module):
     ) -> tuple[Float[Tensor, "B D h w"], Float[Tensor, "B P D"] | None]:
         grid = Grid(map.shape[2], map.shape[3])
         table = (
-            sincos_1d(self.prefix + grid.size, self.width)
+            sincos_1d(self.prefix + grid.size, self.width, map.device)
             if self.kind == "sincos1d"
-            else sincos_2d(grid, self.width)
+            else sincos_2d(grid, self.width, map.device)
         )
         return _add(map, prefix, table.to(map), self.prefix, self.dropout)
 

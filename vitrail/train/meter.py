@@ -93,8 +93,8 @@ class Meter:
     def settle(self, norm: float, stop: bool) -> tuple[bool, bool, bool]:
         """Agrees with the other processes: whether the step is bad, whether to stop, whether to save."""
         place, runtime = self.place, self.runtime
-        loss = float(torch.stack(self.losses).sum().item())
-        hits = float(torch.stack(self.hits).sum().item()) if self.hits else 0.0
+        sums = [torch.stack(found).sum().float() for found in (self.losses, self.hits) if found]
+        loss, hits = [*torch.stack(sums).tolist(), 0.0][:2]  # fetched at once
         bad = not (math.isfinite(loss) and math.isfinite(norm))
         late = time.perf_counter() - self.saved > self.pace.save_seconds
         mine = [0.0 if bad else loss, float(len(self.losses)), hits, float(self.seen), bad, stop, late]

@@ -8,8 +8,8 @@ shapes in one batched product, and treats a joined query-key-value matrix as the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,28 +49,31 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[tuple[Tensor, Tensor]]] = {}
             names = group.get("param_names") or [""] * len(group["params"])
-            for name, parameter in zip(names, group["params"], strict=True):
-                if parameter.grad is None:
-                    continue
+            learning = [pair for pair in zip(names, group["params"], strict=True) if pair[1].grad is not None]
+            if not learning:
+                continue
+            parameters = [parameter for _, parameter in learning]
+            directions = self._directions(parameters, group["momentum"], group["nesterov"])
+            torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+            for (name, parameter), direction in zip(learning, directions, strict=True):
                 parts = 3 if name.endswith(JOINED) else 1
-                direction = self._direction(parameter, group["momentum"], group["nesterov"])
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
                 for matrix, update in zip(parameter.chunk(parts), direction.chunk(parts), strict=True):
                     by_shape.setdefault(tuple(matrix.shape), []).append((matrix, update))
             for shape, pairs in by_shape.items():
                 size = group["lr"] * 0.2 * max(shape) ** 0.5
                 updates = orthogonal(torch.stack([update for _, update in pairs]), self.dtype)
-                for (matrix, _), update in zip(pairs, updates, strict=True):
-                    matrix.add_(update.to(matrix.dtype), alpha=-size)
+                matrices = [matrix for matrix, _ in pairs]
+                torch._foreach_add_(matrices, list(updates.to(matrices[0].dtype)), alpha=-size)
 
-    def _direction(self, parameter: Tensor, momentum: float, nesterov: bool) -> Tensor:
-        gradient, state = parameter.grad, self.state[parameter]
-        assert gradient is not None
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        buffer: Tensor = state["momentum_buffer"]
-        buffer.lerp_(gradient, 1 - momentum)
-        return gradient.lerp(buffer, momentum) if nesterov else buffer
+    def _directions(self, parameters: list[Tensor], momentum: float, nesterov: bool) -> Sequence[Tensor]:
+        """Where each parameter should go, before its update is made orthogonal; few kernels for all together."""
+        gradients = [cast(Tensor, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, buffers, momentum) if nesterov else buffers
 
 
 def orthogonal(matrices: Tensor, dtype: torch.dtype) -> Tensor:
