@@ -7,7 +7,8 @@
 #                                                                # FOLDER holds cifar10.zip, imagenette-0.zip, imagenette-1.zip
 #
 # OUT gets few files, each below 16 MB: tables, logs.tgz, and NAME.tar with a model in float16, its metrics and curves. Runs
-# lie in RUNS; JPEGs need simplejpeg, the benchmarks timm. Each recipe's length follows from what its first steps say of its speed. FP8=1 races float8 too (torchao).
+# lie in RUNS. JPEGs need simplejpeg, the benchmarks timm. Each recipe's length follows from what its first steps say of its
+# speed. FP8=1 races float8 too (torchao).
 set -u
 mode=$1 out=$2 given=${3:-}
 python=${PYTHON:-python3}
