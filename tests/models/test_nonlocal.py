@@ -136,3 +136,9 @@ def test_a_folder_tells_what_its_tensors_compute(tmp_path: Path) -> None:
 def test_illegal_configurations_say_what_is_legal(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ModelError, match=told):
         tiny(**changes)
+
+
+def test_a_map_too_small_to_subsample_is_told() -> None:
+    model = create_model("nonlocal_resnet50_1", num_classes=2).eval()
+    with pytest.raises(ModelError, match=r"map of 2 x 2 at least; got 1 x 1: give larger pictures"):
+        model(torch.zeros(1, 3, 16, 16))

@@ -141,3 +141,11 @@ def test_drop_path_never_reaches_its_full_rate() -> None:
 def test_illegal_configurations_say_what_is_legal(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ModelError, match=told):
         tiny(**changes)
+
+
+def test_a_picture_smaller_than_a_patch_is_told() -> None:
+    model = create_model("pit_ti_224", num_classes=2).eval()
+    with pytest.raises(
+        ModelError, match=r"A patch of 16 pixels needs a map of 16 x 16 at least; got 12 x 12"
+    ):
+        model(torch.zeros(1, 3, 12, 12))

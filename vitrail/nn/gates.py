@@ -117,7 +117,12 @@ class NonLocal(nn.Module):
         return self._others(map, nn.Identity() if self.form == "gaussian" else self.phi)
 
     def _others(self, map: Tensor, project: nn.Module) -> Float[Tensor, "B M E"]:
-        """The places j, projected."""
+        """The places j, projected. Raises ModelError for a map too small to be subsampled."""
+        if self.subsample != "none" and not torch.compiler.is_exporting() and min(map.shape[2:]) < 2:
+            raise ModelError(
+                "A non-local block that takes maxima of 2 x 2 places needs a map of 2 x 2 at least; got"
+                f" {map.shape[2]} x {map.shape[3]}: give larger pictures, or build it with subsample='none'."
+            )
         if self.subsample == "before":
             projected = project(F.max_pool2d(map, 2))
         elif self.subsample == "after":

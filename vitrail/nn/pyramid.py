@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.errors import ModelError
 from vitrail.nn.entry import Map, Prefix, pad_to
 
 
@@ -31,6 +33,12 @@ class OverlapPatch(nn.Module):
         self.norm = nn.Identity() if norm is None else norm
 
     def forward(self, map: Float[Tensor, "B C _ _"], prefix: Prefix) -> tuple[Map, Prefix]:
+        least = self.proj.kernel_size[0] - 2 * self.proj.padding[0]  # type: ignore[operator]
+        if not torch.compiler.is_exporting() and min(map.shape[2:]) < least:
+            raise ModelError(
+                f"A patch of {self.proj.kernel_size[0]} pixels needs a map of {least} x {least} at least; got"
+                f" {map.shape[2]} x {map.shape[3]}: give larger pictures."
+            )
         tokens = self.proj(map).permute(0, 2, 3, 1)  # [B, h, w, D]
         return self.norm(tokens).permute(0, 3, 1, 2), prefix  # [B, D, h, w]
 
