@@ -498,3 +498,12 @@ def test_what_training_ignored_is_not_ignored_where_the_masks_are_numbered_other
     splits, notes = open_for(engine, [place], "model", reduce_zero=True, whole=True)
     assert sorted(set(splits.everything.target(0).ravel().tolist())) == [0, 1, 2, 255]
     assert any("not those of training, which ignored 2" in note for note in notes)
+
+
+def test_data_whose_masks_all_have_another_size_is_looked_through_to_the_end(tmp_path: Path) -> None:
+    place = packed(mask_files(train_a=[[0, 1], [1, 0]], train_b=[[1, 1], [0, 0]]), tmp_path, as_zip=False)
+    for path in (Path(place) / "masks").rglob("*.png"):
+        Image.open(path).resize((8, 8), Image.Resampling.NEAREST).save(path)
+    report = data_check(DataCheckRun(data=(place,), output=str(tmp_path / "out"), workers=1))
+    assert "2 of 2 pictures cannot be read." in report.problems
+    assert not (tmp_path / "out" / "overlays.png").exists()

@@ -10,6 +10,7 @@ import torch
 from vitrail.errors import ModelError
 from vitrail.models import registry, vit
 from vitrail.models.registry import create_model
+from vitrail.nn.bit import Unit
 
 PUBLISHED = {
     # google-research/vision_transformer models_test.py, and the analytic counts of the fact sheet
@@ -190,6 +191,13 @@ def test_starts_with_the_distributions_of_the_original() -> None:
         0.02, rel=0.02
     )
     assert model.head.linear.weight.abs().max() == 0
+
+
+@pytest.mark.parametrize("init", ["jax", "timm"])
+def test_a_fresh_hybrid_stem_adds_nothing_to_its_shortcuts(init: str) -> None:
+    model = create_model("vit_small_r26_s32_224", num_classes=2, init=init)
+    units = [part for part in model.modules() if isinstance(part, Unit)]
+    assert len(units) == 8 and not any(unit.norm3.weight.any() for unit in units)
 
 
 def test_depth_rises_from_the_stem_to_the_head() -> None:

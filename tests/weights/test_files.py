@@ -76,6 +76,14 @@ def test_arrays_of_other_orders_are_read(tmp_path: Path) -> None:
     assert read["f"].tolist() == [[0, 1, 2], [3, 4, 5]] and read["b"].tolist() == [0, 1, 2]
 
 
+def test_averaged_weights_beside_the_last_ones_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({"model": STATE, "model_ema": {"a.weight": torch.zeros(1)}}, tmp_path / "c.pth")
+    files.read_tensors(tmp_path / "c.pth")
+    assert "holds model and, averaged over training, model_ema; the first is taken" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "averaged"),
     [
