@@ -199,3 +199,18 @@ def test_what_the_disk_lost_is_removed(target: str, tmp_path: Path, monkeypatch:
         run(tmp_path / "in", tmp_path / target)
     assert not (tmp_path / "out.safetensors").exists()
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_averaged_weights_that_are_not_there_are_told(tmp_path: Path) -> None:
+    model = create_model("vit_tiny_patch16_224", num_classes=2, init="timm")
+    model.save_pretrained(tmp_path / "in")
+    with pytest.raises(WeightsError, match="holds no averaged weights beside others"):
+        run(tmp_path / "in", tmp_path / "out", averaged=True)
+    assert not (tmp_path / "out").exists()
+    state = model.state_dict()
+    torch.save(
+        {"model": state, "model_ema": {name: 2 * value for name, value in state.items()}}, tmp_path / "c.pth"
+    )
+    run(tmp_path / "c.pth", tmp_path / "out", averaged=True, model="vit_tiny_patch16_224")
+    weight = from_pretrained(tmp_path / "out").head.linear.weight
+    assert torch.equal(weight, 2 * model.head.linear.weight)

@@ -379,3 +379,9 @@ def test_other_classes_leave_everything_else() -> None:
 def test_illegal_configurations_say_what_is_legal(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ModelError, match=told):
         tiny(**changes)
+
+
+def test_cocos_ids_go_with_cocos_classes() -> None:
+    with torch.device("meta"):
+        assert create_model("detr_resnet50").card.ids == tuple(range(91))
+        assert create_model("detr_resnet50", num_classes=3).card.ids == ()

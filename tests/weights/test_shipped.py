@@ -43,7 +43,8 @@ def test_create_model_takes_its_weights(name: str) -> None:
 
 def test_a_full_name_means_that_network_without_its_weights_too() -> None:
     name = "vit_tiny_patch16_224.imagenette"
-    assert create_model(name).config == from_pretrained(name).config
+    kept = from_pretrained(name)
+    assert create_model(name).config == create_model(name, shipped.ASSETS / name).config == kept.config
     assert (
         create_model("vit_tiny_patch16_224.augreg_in21k", depth=1).num_classes == 1000
     )  # timm's tags say nothing here

@@ -246,11 +246,11 @@ def class_numbers(
         strays = [value for value in met if value > row]
         told = (
             f" Behind {row - 1} there is a gap: if {some(strays)} {'are' if len(strays) > 1 else 'is'} no class, say"
-            f" --ignore {' '.join(map(str, strays))}."
+            f" --ignore {' '.join(map(str, strays))}; else renumber them,"
         )
         raise DataError(
             f"{where}: the masks hold {_values(pixels, files, met)}: no class numbers in a row from {first}."
-            f"{told if row > first else ''} Else renumber them, or name the classes with --classes."
+            f"{told if row > first else ' Renumber them,'} or name the classes with --classes."
         )
     if count < 2:
         raise DataError(

@@ -70,6 +70,8 @@ def convert(run: ConvertRun) -> Converted:
             of it.
     """
     tensors, card, digest = loading.read(run.source, averaged=run.averaged)
+    if run.averaged:
+        _check_averaged(tensors, run.source)
     name = run.model or _named(card) or _found(tensors, run.source)
     module = registry.family_of(name)
     if getattr(module, "AVERAGED", False):
@@ -101,6 +103,15 @@ def convert(run: ConvertRun) -> Converted:
         receipt=receipt,
         moved=moved,
     )
+
+
+def _check_averaged(tensors: Mapping[str, Tensor], source: str) -> None:
+    """Raise WeightsError where asking for the averaged weights gives what not asking gives."""
+    plain = loading.read(source)[0]
+    if plain.keys() == tensors.keys() and all(torch.equal(plain[name], tensors[name]) for name in plain):
+        raise WeightsError(
+            f"{source} holds no averaged weights beside others ({', '.join(files.AVERAGED)}): leave --averaged out."
+        )
 
 
 def _halved(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
@@ -226,6 +237,7 @@ def _card(name: str, config: Any, card: Card | None, layout: str, receipt: adapt
         card,
         architecture=name,
         task=own.task,
+        ids=card.ids or own.ids,
         preprocessing=card.preprocessing if card.preprocessing_told else own.preprocessing,
         preprocessing_told=True,
         config=to_dict(config),

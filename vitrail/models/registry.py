@@ -19,6 +19,7 @@ from typing import Any
 from vitrail import config as records
 from vitrail.errors import ConfigError, ModelError, suggestion
 from vitrail.models.model import Model
+from vitrail.weights import shipped
 from vitrail.weights.card import Card
 
 logger = logging.getLogger(__name__)
@@ -53,8 +54,6 @@ PARTS = ("Config", "build", "VARIANTS", "CARDS", "RENAMES")
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted; with `pretrained`
     those of the models that ship, with their tags."""
-    from vitrail.weights import shipped
-
     names = (
         shipped.names() if pretrained else [name for family in FAMILIES for name in _module(family).VARIANTS]
     )
@@ -123,7 +122,7 @@ def create_model(
     """Build a model by name, and load weights into it where a path is given.
 
     name: a variant (`list_models()`), with or without a `.tag`, or `package.module:variant`. The full name of a model
-        that ships means its configuration, also without its weights; other tags (timm's) change nothing.
+        that ships means its configuration, whatever weights it gets; other tags (timm's) change nothing.
     pretrained: a model folder or a weight file in any published layout of the family; True takes the weights
         that ship with vitrail, and their configuration in place of the variant's. The receipt of what was loaded is
         the model's `receipt`.
@@ -136,7 +135,7 @@ def create_model(
     asked = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
     changes |= {field: value for field, value in asked.items() if value is not None}
     path = _shipped(name) if pretrained is True else pretrained
-    told = path if pretrained is True else None if path else _by_full_name(name)
+    told = path if pretrained is True else shipped.by_full_name(name)
     config = changed(_kept_config(family, told), **changes) if told else variant(name, **changes)
     if path and num_classes is None:
         config = _classes_of(family, config, path)
@@ -177,8 +176,9 @@ def default_card(name: str, config: Any) -> Card:
     preprocessing = dataclasses.replace(
         card.preprocessing, input_size=config.img_size, in_chans=config.in_chans, mean=mean, std=std
     )
+    ids = card.ids if len(card.ids) == config.num_classes else ()  # of other classes, they would be wrong
     return dataclasses.replace(
-        card, architecture=bare, preprocessing=preprocessing, config=records.to_dict(config)
+        card, architecture=bare, preprocessing=preprocessing, ids=ids, config=records.to_dict(config)
     )
 
 
@@ -191,8 +191,6 @@ def _classes_of(family: ModuleType, config: Any, path: str | Path) -> Any:
 
 
 def _shipped(name: str) -> Path:
-    from vitrail.weights import shipped
-
     found = shipped.find(name)
     if found is None:
         several = [known for known in shipped.names() if known.partition(".")[0] == _bare(name)]
@@ -203,12 +201,6 @@ def _shipped(name: str) -> Path:
             " folder or a weight file: pretrained='PATH'."
         )
     return found
-
-
-def _by_full_name(name: str) -> Path | None:
-    from vitrail.weights import shipped
-
-    return shipped.by_full_name(name)
 
 
 def _kept_config(family: ModuleType, folder: str | Path) -> Any:
