@@ -8,7 +8,8 @@
 #
 # OUT gets few files, each below 16 MB: tables, logs.tgz, and NAME.tar with a model in float16, its metrics and curves. Runs
 # lie in RUNS. JPEGs need simplejpeg, the benchmarks timm. Each recipe's length follows from what its first steps say of its
-# speed. FP8=1 races float8 too (torchao).
+# speed. FP8=1 races float8 too (torchao). DEVICE=cpu with small MODELS, SIZES, INFER, INFER_WAYS, END, END_BATCH, PATIENCE and an
+# empty ATTENTION tries all of `measure` without a GPU.
 set -u
 mode=$1 out=$2 given=${3:-}
 python=${PYTHON:-python3}
@@ -66,7 +67,7 @@ if [ "$mode" = measure ]; then
   (cd benchmarks && $python gpu_train.py --device "$device" --models ${MODELS:-vit_small_patch16_224 vit_base_patch16_224 \
     vit_large_patch16_224 vit_huge_patch14_224 swin_tiny_patch4_window7_224 pvt_v2_b2 cait_s24_224} ${SIZES:-} \
     --ways eager blocks whole --timm-ways eager whole --brief --infer ${INFER:-vit_base_patch16_224 vit_large_patch16_224} \
-    --infer-ways ${INFER_WAYS:-graphs} --rounds 3 --steps 4 --patience 170 --at-once 8 --hold "$runs/quiet" --attention \
+    --infer-ways ${INFER_WAYS:-graphs} --rounds 3 --steps 4 --patience "${PATIENCE:-170}" --at-once 8 --hold "$runs/quiet" ${ATTENTION---attention} \
     ) >"$out/benchmarks.txt" 2>"$runs/logs/benchmarks.err" &
   race=$!
   # torch says once that cuBLAS makes a context, which is no fault; and the tests' set-up wants packages that may lack here
@@ -84,7 +85,7 @@ if [ "$mode" = measure ]; then
   if [ -n "$given" ]; then
     (cd benchmarks && $python -c "
 import sys; from gpu_train import end_to_end
-print(f'B/16: {end_to_end(\"${END:-vit_base_patch16_224}\", sys.argv[1:], ${END_BATCH:-256}, \"$device\", steps=60):,.0f} images/s from files')
+print(f'${END:-vit_base_patch16_224}: {end_to_end(\"${END:-vit_base_patch16_224}\", sys.argv[1:], ${END_BATCH:-256}, \"$device\", steps=60):,.0f} images/s from files')
 " "$given") >>"$out/benchmarks.txt" 2>>"$runs/logs/benchmarks.err"
   fi
   if [ "${FP8:-}" ]; then # float8, from L upwards

@@ -180,9 +180,8 @@ class Counter:
             self.bar.update(self.task, completed=done, total=total)
             return
         now = time.monotonic()
-        if now - self.spoken >= self.PAUSE or (
-            self.begun and done == total
-        ):  # what was begun is told to its end
+        ended = self.begun and done == total  # what was begun is told to its end
+        if ended or now - self.spoken >= self.PAUSE:
             self.spoken, self.begun = now, done != total
             of = f" of {total}" if total else ""
             rate = done / (now - self.started)

@@ -43,20 +43,8 @@ OTHER_TASKS = {"images", "masks", "jpegimages", "annotations", "labels", "images
 
 
 UNREAD = (
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-    ".heic",
-    ".heif",
-    ".avif",
-    ".jp2",
-    ".dng",
-    ".raw",
-    ".ppm",
-    ".pgm",
-    ".tga",
-)
+    ".bmp", ".gif", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".dng", ".raw", ".ppm", ".pgm", ".tga",
+)  # fmt: skip
 """Endings of pictures that are not read."""
 
 

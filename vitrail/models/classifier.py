@@ -103,13 +103,7 @@ class Classifier(Model):
         config = dataclasses.replace(self.config, num_classes=num_classes)
         self.head.reset(num_classes)
         self.config = config
-        self.card = dataclasses.replace(
-            self.card,
-            labels=None,
-            folders=(),
-            ids=(),
-            config={**self.card.config, "num_classes": num_classes},
-        )
+        self.card = self.card.with_classes(num_classes)
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory for a third more time."""

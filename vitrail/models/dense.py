@@ -76,13 +76,7 @@ class Dense(Model):
         for head in self.class_heads:
             head.reset(num_classes)
         self.config = config
-        self.card = dataclasses.replace(
-            self.card,
-            labels=None,
-            folders=(),
-            ids=(),
-            config={**self.card.config, "num_classes": num_classes},
-        )
+        self.card = self.card.with_classes(num_classes)
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
         """Recompute activations in the backward pass, in every part that can."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vitrail.errors import WeightsError
@@ -155,6 +155,11 @@ class Card:
     def names(self) -> dict[str, str]:
         """A class's name for people by what the training data called it; empty where the two are the same."""
         return dict(zip(self.folders, self.labels or (), strict=False))
+
+    def with_classes(self, count: int) -> Card:
+        """The card of the same network for other classes, which nobody has named yet."""
+        config = {**self.config, "num_classes": count}
+        return replace(self, labels=None, folders=(), ids=(), config=config)
 
     def to_json(self, library: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The content of `config.json`: timm's and transformers' keys, and `"vitrail"` for the rest.
