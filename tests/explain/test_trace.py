@@ -113,6 +113,7 @@ def test_similarity_of_positions_is_one_with_themselves() -> None:
     assert stage.similarity is not None and stage.similarity.shape == (16, 4, 4)
     for map_, (row, column) in zip(stage.similarity, stage.references, strict=True):
         assert float(map_[row, column]) == pytest.approx(1.0, abs=1e-5)
+    assert stage.least_similarity == float(stage.similarity.min())
     assert story(small(position="none")).stages[0].similarity is None
 
 

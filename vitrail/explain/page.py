@@ -88,8 +88,19 @@ def _stage(stage: StageTrace) -> dict[str, Any]:
         "prefix": list(stage.prefix),
         "channels": int(stage.embeddings.shape[1]),
         "embeddings": _signed(shown, float(shown.abs().quantile(0.99)) if shown.numel() < 10**7 else None),
-        "similarity": None if stage.similarity is None else _signed(stage.similarity, 1.0),
+        "similarity": None
+        if stage.similarity is None
+        else _similarity(stage.similarity, stage.least_similarity),
         "references": [list(place) for place in stage.references],
+    }
+
+
+def _similarity(values: Tensor, least: float) -> dict[str, Any]:
+    """Cosines as bytes: 0 is `least`, 255 is 1."""
+    return {
+        "shape": list(values.shape),
+        "least": least,
+        "data": _bytes((values - least) / (1 - least) * 255),
     }
 
 

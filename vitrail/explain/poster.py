@@ -286,8 +286,9 @@ def _tokens(band: SubFigure, trace: Trace) -> None:
     share = min(0.36, side / 14 * tiles.shape[1] / tiles.shape[0])
     axes = _place(band, 0.585, 0.15, share, side)
     axes.set_anchor("NW")
-    image = axes.imshow(tiles, cmap=LIKE, interpolation="nearest", aspect="equal", vmin=-1, vmax=1)
-    _scale(band, image, 0.585 + share + 0.01, 0.15, side, (-1.0, 0.0, 1.0))
+    least = stage.least_similarity
+    image = axes.imshow(tiles, cmap=LIKE, interpolation="nearest", aspect="equal", vmin=least, vmax=1)
+    _scale(band, image, 0.585 + share + 0.01, 0.15, side, (least, (least + 1) / 2, 1.0))
 
 
 def _tiles(

@@ -101,6 +101,14 @@ class StageTrace:
     """Row and column of those places."""
     layers: tuple[Layer, ...]
 
+    @property
+    def least_similarity(self) -> float:
+        """Where the colour scale of `similarity` begins; it ends at 1.
+
+        Learned positions fill -1 to 1, sines and cosines only its top: on a fixed scale they are one flat colour.
+        """
+        return -1.0 if self.similarity is None else min(float(self.similarity.min()), 0.99)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
