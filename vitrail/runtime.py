@@ -135,6 +135,12 @@ class Runtime:
             distributed.all_reduce(there, group=self.control)
         return there.to(values.device)
 
+    def add_up(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over processes, in its place and by the device's own way: for what a network computes."""
+        if self.world > 1:
+            distributed.all_reduce(values)
+        return values
+
     def barrier(self) -> None:
         """Waits for the other processes, the main one may be writing a checkpoint."""
         if self.world > 1:

@@ -1,6 +1,6 @@
 """Started by torchrun in tests: a small run whose losses, or whose end, the test looks at.
 
-processes.py FOLDER MODE      MODE: losses, shard, die, or hang
+processes.py FOLDER MODE      MODE: losses, norms, shard, die, or hang
 """
 
 from __future__ import annotations
@@ -14,15 +14,34 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
-from tests.train.standin import Batches, training
+from tests.train.standin import Batches, Net, training
 from vitrail import runtime as runtimes
 from vitrail.errors import TrainingError
+from vitrail.nn.joint_norm import join_batch_norms
 from vitrail.runtime import open_runtime
 from vitrail.train.average import Average
 from vitrail.train.log import Progress
 from vitrail.train.loop import train
 from vitrail.train.optim import Recipe, build_optimiser
+
+
+class Normed(Net):
+    """With a batch norm behind its stem."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # no bias: behind it the norm would leave its gradient nothing but rounding, which Adam makes large
+        self.stem = nn.Linear(12, 8, bias=False)
+        self.batch_norm = nn.BatchNorm2d(8)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.batch_norm(self.stem(images.flatten(1))[:, :, None, None]).flatten(1) + self.position
+        for block in self.blocks:
+            x = x + block(x)
+        out: Tensor = self.head(self.norm(x))
+        return out
 
 
 def main(folder: Path, mode: str) -> int:
@@ -32,6 +51,9 @@ def main(folder: Path, mode: str) -> int:
     batches = Batches(count=48, size=8, rank=runtime.rank, world=runtime.world)
     run = training(steps=12, runtime=runtime, batches=batches, accumulate=2, log_every=1)
     network = run.network
+    if mode == "norms":
+        network = run.network = Normed()
+        join_batch_norms(network, runtime.add_up)
     run.network = runtime.prepare(network, blocks=list(network.blocks))  # type: ignore[arg-type]
     run.optimiser = build_optimiser(network, Recipe(lr=1e-2), runtime)  # type: ignore[arg-type]
     run.average = Average(network, 0.9)

@@ -52,6 +52,13 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
     assert two["sum"] == pytest.approx(one["sum"], rel=1e-4)
 
 
+def test_two_processes_normalise_over_the_pictures_of_both(tmp_path: Path) -> None:
+    one, two = found(tmp_path / "one", "norms", 1), found(tmp_path / "two", "norms", 2)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    # the sum holds the running statistics, too
+    assert two["sum"] == pytest.approx(one["sum"], rel=1e-4)
+
+
 COMPILED = """
 import functools, torch
 from vitrail.models.registry import create_model

@@ -28,6 +28,7 @@ from vitrail.jobs import training_keep as keeping
 from vitrail.jobs import training_parts as parts
 from vitrail.jobs.dense_data import rows, why_nothing
 from vitrail.jobs.training_keep import Keeper
+from vitrail.nn.joint_norm import join_batch_norms
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
 from vitrail.tasks.choose import choose, facts_of
@@ -111,6 +112,8 @@ class _Job:
     def go(self) -> TrainResult:
         run, runtime = self.run, self.runtime
         self.model = parts.build_model(run, self.data, self.say)
+        if runtime.world > 1:
+            join_batch_norms(self.model, runtime.add_up)
         self.task = choose(
             self.data.task,
             self.data.classes,
