@@ -7,6 +7,7 @@ outlying norm (Darcet et al. 2024, 2309.16588, section 2).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,7 +119,7 @@ class Anatomy:
             names = ", ".join(f"{head.layer} head {head.number} ({head.dead})" for head in dead[:6])
             found.append(
                 (
-                    "heads that tell nothing",
+                    "dead heads",
                     f"{len(dead)} of {len(self.heads)}" + (f": {names}" if dead else ""),
                 )
             )
@@ -214,14 +215,16 @@ def _scales(network: nn.Module) -> dict[str, tuple[float, float]]:
     for name, module in network.named_modules():
         if isinstance(module, LayerScale):
             size = module.gamma.detach().abs()
-            found[_short(name)] = (float(size.mean()), float(size.max()))
+            found[_named(network, name)] = (float(size.mean()), float(size.max()))
     return found
 
 
-def _short(name: str) -> str:
-    """A module's name without what all of them share: stage 0 block 3 for backbone.stages.0.blocks.3.mixer."""
-    name = name.removeprefix("backbone.").removesuffix(".mixer")
-    return name.replace("stages.", "stage ").replace(".blocks.", " block ").replace(".", " ")
+def _named(network: nn.Module, name: str) -> str:
+    """What a trace calls the module: block 4, or stage 2 block 4 where there are several stages."""
+    for number, stage in enumerate(stages := list(stages_of(network))):
+        name = re.sub(rf"^{re.escape(stage)}\b", f"stage {number + 1}" if len(stages) > 1 else "", name)
+    name = re.sub(r"\bblocks\.(\d+)", lambda found: f"block {int(found[1]) + 1}", name)
+    return name.removesuffix(".mixer").replace(".", " ").strip()
 
 
 class _Habits:
@@ -246,16 +249,18 @@ class _Habits:
         def heard(name: str, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             if name in gates:
                 means, gated = (map.float().mean(dim=(2, 3)) for map in (arguments[0], output))
-                self.factors.setdefault(_short(name), []).append((gated / means.clamp_min(1e-9)).cpu())
+                self.factors.setdefault(_named(network, name), []).append(
+                    (gated / means.clamp_min(1e-9)).cpu()
+                )
             else:
                 patches = output[:, output.shape[1] - arguments[1].size :]
-                self.lengths.setdefault(_short(name), []).append(patches.float().norm(dim=2).cpu())
+                self.lengths.setdefault(_named(network, name), []).append(patches.float().norm(dim=2).cpu())
 
         with held_still(network), torch.no_grad(), listen({**gates, **blocks}, heard):
             with explicit(network, alter=None) as found:
                 network(images)
         for look in found.looks:
-            self.seen.setdefault(_short(look.name), []).append(_habit(look) * images.shape[0])
+            self.seen.setdefault(_named(network, look.name), []).append(_habit(look) * images.shape[0])
         self.pictures += images.shape[0]
 
     def heads(self) -> list[Head]:

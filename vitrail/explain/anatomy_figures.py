@@ -35,7 +35,7 @@ def figures(found: Anatomy) -> dict[str, bytes]:
             "gates": _gates(found),
             "norms": _norms(found),
         }
-        return {name: png_of(figure) for name, figure in drawn.items() if figure is not None}
+        return {name: png_of(figure, dpi=150) for name, figure in drawn.items() if figure is not None}
 
 
 def _figure(width: float, height: float, title: str) -> Figure:
@@ -77,7 +77,7 @@ def _positions(found: Anatomy) -> Figure | None:
     for y, line in enumerate(tiles):
         for x, tile in enumerate(line):
             sheet[y * (rows + gap) :, x * (columns + gap) :][:rows, :columns] = tile
-    figure = _figure(6.4, 6.4 * rows / columns + 0.5, f"{found.model}: how alike positions are (cosine)")
+    figure = _figure(7, 5.7 * rows / columns + 0.75, f"{found.model}: how alike positions are (cosine)")
     axes = figure.add_subplot()
     image = axes.imshow(sheet.numpy(), cmap="cividis", vmin=min(0.0, float(found.positions.min())), vmax=1)
     axes.set_xticks([])
@@ -143,7 +143,7 @@ def _heads(found: Anatomy) -> Figure | None:
     axes.set_ylabel("head")
     axes.set_yticks(range(0, most, max(1, most // 8)))
     axes.set_title(
-        f"× tells nothing (entropy over {UNIFORM:g}, or one token always)",
+        f"× dead: looks everywhere alike (entropy over {UNIFORM:g}), or at one token whatever is asked",
         fontsize=8,
         color=MUTED,
         loc="left",

@@ -1,0 +1,74 @@
+"""A model's anatomy on networks whose habits are known beforehand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import vitrail
+from vitrail.explain.anatomy import anatomy
+
+PATCH, SIDE = 8, 4
+
+
+def vit(**changes: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"img_size": PATCH * SIDE, "patch_size": PATCH, "width": 16, "depth": 2, "heads": 2, "hidden": 32}
+    return vitrail.create_model("vit_tiny_patch16_224", **sizes, num_classes=3, **changes)
+
+
+def pictures(count: int = 3) -> list[torch.Tensor]:
+    return [torch.randn(count, 3, PATCH * SIDE, PATCH * SIDE, generator=torch.Generator().manual_seed(1))]
+
+
+def test_heads_that_look_everywhere_alike_are_dead_and_look_half_across_the_picture() -> None:
+    network = vit()
+    with torch.no_grad():
+        network.backbone.stages[0].blocks[1].mixer.qkv.weight.zero_()
+        network.backbone.stages[0].blocks[1].mixer.qkv.bias.zero_()
+    found = anatomy(network, pictures())
+    assert [(head.layer, head.number) for head in found.heads] == [
+        ("block 1", 0), ("block 1", 1), ("block 2", 0), ("block 2", 1),
+    ]  # fmt: skip
+    places = [(row * PATCH, column * PATCH) for row in range(SIDE) for column in range(SIDE)]
+    apart = [((a - c) ** 2 + (b - d) ** 2) ** 0.5 for a, b in places for c, d in places]
+    for head in found.heads[2:]:
+        assert head.dead == "looks everywhere alike"
+        assert head.distance == pytest.approx(sum(apart) / len(apart), rel=1e-5)
+        assert head.entropy == pytest.approx(1.0)
+    assert dict(found.findings())["dead heads"].startswith("2 of 4: block 2 head 0")
+
+
+def test_heads_that_always_look_at_one_token_are_dead() -> None:
+    network = vit()
+    mixer = network.backbone.stages[0].blocks[0].mixer
+    with torch.no_grad():  # every query asks for the first channel, which only [CLS] has
+        network.backbone.stages[0].blocks[0].norm1 = torch.nn.Identity()
+        mixer.qkv.weight.zero_()
+        mixer.qkv.bias.zero_()
+        mixer.qkv.bias[[0, 8]] = 1.0
+        mixer.qkv.weight[[16, 24], 0] = 1.0
+        positions = network.backbone.stages[0].entry.positions.table
+        positions.zero_()
+        positions[0, 0, 0] = 40.0
+    heads = [head for head in anatomy(network, pictures()).heads if head.layer == "block 1"]
+    assert [head.dead for head in heads] == ["looks at one token whatever is asked"] * 2
+
+
+def test_a_token_of_outlying_norm_is_a_sink() -> None:
+    network = vit()
+    with torch.no_grad():
+        network.backbone.stages[0].entry.positions.table[0, 5] = 1000.0
+    found = anatomy(network, pictures())
+    assert [norms.layer for norms in found.norms] == ["block 1", "block 2"]
+    assert found.norms[0].outlying == pytest.approx(1 / SIDE**2)
+    assert "block" in dict(found.findings())["attention sinks"]
+
+
+def test_layers_of_several_stages_are_named_with_them() -> None:
+    network = vitrail.create_model("pvt_v2_nano_32", num_classes=3)
+    found = anatomy(network, [torch.randn(2, 3, 32, 32)])
+    assert found.heads[0].layer.startswith("stage 1 block 1")
+    assert len({head.layer for head in found.heads}) == sum(len(s.blocks) for s in network.backbone.stages)
