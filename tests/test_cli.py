@@ -210,9 +210,8 @@ def test_predict_goes_on_past_a_bad_file_and_says_so_at_the_end(
     assert "torn.png" in records[0]["error"] and "text.jpg" in records[2]["error"]
     assert main(words[:-2]) == 1
     table, said = capsys.readouterr()
-    assert (
-        table.count("error") == 2 and "not a picture" not in table
-    )  # reasons are long, and would widen a column
+    # Reasons are long, and would widen a column.
+    assert table.count("error") == 2 and "not a picture" not in table
     assert "text.jpg: not a picture" in said
 
 

@@ -43,9 +43,8 @@ def test_one_call_gives_a_map_over_the_picture(folder: Path, photo: Path) -> Non
     assert set(found.controls["mean"]) == {"random", "centre"}
     record = json.loads(json.dumps(found.to_dict()))
     assert record["label"] == "cat" and record["predicted"] in LABELS
-    cell = record[
-        "cell"
-    ]  # the middle of the grid is the picture's, but for the pixel that no crop of 3 can halve
+    # The middle of the grid is the picture's, but for the pixel that no crop of 3 can halve.
+    cell = record["cell"]
     y, x = cell["scale_y"] * 2 + cell["shift_y"], cell["scale_x"] * 2 + cell["shift_x"]
     assert (y, x) == pytest.approx((100, 150), abs=0.51 * cell["scale_y"] / 8)
 

@@ -33,9 +33,8 @@ PLAIN = [family for family in FAMILIES if family not in STAGED]
 
 def support(inputs: Tensor, cell: Tensor) -> list[tuple[int, int]]:
     """First and last row, first and last column of the inputs that reach a cell."""
-    weights = (
-        torch.linspace(1, 2, cell.numel()).view_as(cell).square()
-    )  # a sum alone is blind after a layer norm
+    # A plain sum has no gradient behind a layer norm, so cells weigh differently.
+    weights = torch.linspace(1, 2, cell.numel()).view_as(cell).square()
     (gradient,) = torch.autograd.grad((cell * weights).sum(), [inputs], retain_graph=True)
     reached = gradient.abs().amax(dim=(0, 1)) > 0
     found = []
@@ -211,9 +210,8 @@ def test_cells_between_whose_middles_a_place_lies_share_it() -> None:
 def test_a_window_holds_the_pixels_that_reach_its_cell_and_no_others(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        nn.functional, "max_pool2d", nn.functional.avg_pool2d
-    )  # a maximum hands on one pixel alone
+    # A maximum has the gradient of one pixel alone.
+    monkeypatch.setattr(nn.functional, "max_pool2d", nn.functional.avg_pool2d)
     model = tiny(family) if family in STAGED else shaken(tiny(family))
     pixels = torch.zeros(model.config.in_chans, *model.config.img_size, dtype=torch.uint8)
     preprocessing = registry.default_card(model.name, model.config).preprocessing

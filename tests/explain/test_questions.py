@@ -50,9 +50,8 @@ def test_every_dense_family_is_explained_and_left_as_it_was(family: str) -> None
     model = tiny(family)
     explainer = Explainer(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    for method in (
-        explainer.methods if family == "fpn" else set(explainer.methods) - {"occlusion"}
-    ):  # it is slow
+    slow = set() if family == "fpn" else {"occlusion"}
+    for method in set(explainer.methods) - slow:
         steps = {"steps": 2} if method == "integrated_gradients" else {}
         found = explainer(picture(), method=method, score=method == "gradcam", **steps)
         assert found.on_picture().shape == (70, 90)
@@ -91,9 +90,8 @@ def test_a_box_is_asked_for_what_it_is_by_its_overlap() -> None:
     assert bool((answer[:-1] * 1.001 + 1e-6 >= own * min(1.0, 1 / float(answer[:-1].sum() + 1e-9))).all())
     assert float(answer.sum()) == pytest.approx(1.0, abs=1e-3)
     found = explainer(picture(), method="occlusion")
-    assert found.prediction.top[0].score == pytest.approx(
-        found.score
-    )  # what is left for "nothing" is not shared out
+    # What is left for "nothing" is not shared out among the classes.
+    assert found.prediction.top[0].score == pytest.approx(found.score)
     asked.question = BoxQuestion(torch.tensor([5.0, 5.0, 6.0, 6.0]))  # nowhere near
     assert float(asked.answer(output)[0, -1].exp()) == pytest.approx(1.0, abs=1e-3)
 

@@ -49,9 +49,8 @@ def tiny(name: str, **changes: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
-        if name.startswith(
-            "quick_detr"
-        ):  # whose classes start at 1 %: no box would be told, and none compared
+        if name.startswith("quick_detr"):
+            # Its classes start at 1 %: no box would be told, and none compared.
             model.head.linear.bias.add_(3.0)
     preprocessing = dataclasses.replace(model.card.preprocessing, input_size=(64, 64), **changes)
     labels = tuple("abcde")

@@ -73,9 +73,8 @@ def test_the_guard_of_t2t_is_not_left_out(tmp_path: Path) -> None:
     model = tiny("t2t")
     assert model.config.tokens == "performer"
     with torch.no_grad():
-        model.backbone.stages[0].blocks[0].norm1.weight.mul_(
-            10
-        )  # long queries and keys: some sums come out as 0
+        # Long queries and keys: some sums come out as 0.
+        model.backbone.stages[0].blocks[0].norm1.weight.mul_(10)
     deployed = Deployed(model)
     program = capture(deployed, free_size=False)
     write_onnx(program, tmp_path / "model.onnx", Label(card=model.card))

@@ -439,9 +439,8 @@ def test_a_model_is_not_scored_on_data_of_another_kind(
 
 
 def test_without_a_model_the_data_decides(masks: str, boxes: str, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="One step takes 64 images"
-    ):  # the plan has chosen, nothing is trained
+    # The plan has chosen, nothing is trained.
+    with pytest.raises(UserError, match="One step takes 64 images"):
         go(record(masks, tmp_path / "a", model=None, batch_size=64))
     said: list[Record] = []
     with pytest.raises(UserError, match="One step takes 64 images"):

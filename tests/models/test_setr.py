@@ -49,9 +49,8 @@ def test_has_the_published_number_of_parameters(name: str) -> None:
         model = create_model(name)
     count = sum(parameter.numel() for parameter in model.parameters())
     assert count - sum(parameter.numel() for parameter in model.auxiliary.parameters()) == main
-    if (
-        whole is not None
-    ):  # every head of the original inherits a class layer on 512 channels that it never calls
+    # Every head of the original inherits a class layer on 512 channels that it never calls.
+    if whole is not None:
         assert count + (1 + len(model.auxiliary)) * 513 * model.num_classes == whole
 
 

@@ -199,9 +199,8 @@ def test_mmpretrain_merges_channel_by_channel() -> None:
     written = adapter.write(model.state_dict(), adapter.by_name(swin.RENAMES, "mmpretrain"), {"v2": False})
     weight = written["backbone.stages.0.downsample.reduction.weight"]
     map = torch.randn(1, 16, 4, 6)
-    unfolded = torch.nn.functional.unfold(map, 2, stride=2).transpose(
-        1, 2
-    )  # channel, row, column of each cell
+    # Each cell's values lie by channel, then row, then column.
+    unfolded = torch.nn.functional.unfold(map, 2, stride=2).transpose(1, 2)
     theirs = (torch.nn.functional.layer_norm(unfolded, (64,), eps=1e-5) @ weight.T).transpose(1, 2)
     assert torch.allclose(merge(map, None)[0].flatten(2), theirs, atol=1e-5)
 

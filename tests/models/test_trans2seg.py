@@ -43,12 +43,9 @@ def test_has_the_published_size_without_what_nothing_reads(name: str) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_has_the_published_cost_without_what_nothing_reads(name: str) -> None:
     config, places = registry.variant(name), 32 * 32
-    maps = (
-        config.num_classes * config.heads * (config.depth - 1)
-    )  # of all layers but the last, through an MLP
-    skipped = (
-        maps * 6 * places**2 + places * 2 * config.mlp_ratio * config.width**2
-    )  # and the last layer's tokens
+    # The maps of all layers but the last, each through an MLP, and the last layer's tokens.
+    maps = config.num_classes * config.heads * (config.depth - 1)
+    skipped = maps * 6 * places**2 + places * 2 * config.mlp_ratio * config.width**2
     assert counted(name).gflops + skipped / 1e9 == pytest.approx(PUBLISHED[name][2], rel=0.005)
 
 

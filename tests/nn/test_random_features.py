@@ -118,9 +118,8 @@ def test_orthogonal_rows_scatter_less_than_independent_ones() -> None:
 def _estimates(rows: Tensor) -> tuple[Tensor, Tensor]:
     """exp(q·k) of four queries and four keys, 1/2 long after the scaling, and its estimates by 16 rows each."""
     torch.manual_seed(0)
-    queries, keys = (
-        torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for _ in range(2)
-    )  # |x| 16^(-1/4) = 1/2
+    # Of length 1, so that |x| 16^(-1/4) = 1/2.
+    queries, keys = (torch.nn.functional.normalize(torch.randn(4, 16), dim=1) for _ in range(2))
     kernel = Kernel(epsilon=0.0, stabilised=False)
     phi_q = kernel.features(queries, rows, keys=False).unflatten(1, (-1, 16))  # [4, T, 16]
     phi_k = kernel.features(keys, rows, keys=True).unflatten(1, (-1, 16))

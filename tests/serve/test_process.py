@@ -193,9 +193,8 @@ def test_swaps_under_load_fail_no_request(tmp_path: Path) -> None:
         for number in range(5 * ROUNDS):
             if number == 2:
                 weights = (folder / "model.safetensors").read_bytes()
-                (folder / "model.safetensors").write_bytes(
-                    weights[: len(weights) // 2]
-                )  # in place, as cp would
+                half = weights[: len(weights) // 2]
+                (folder / "model.safetensors").write_bytes(half)  # in place, as cp would
                 refused += 1
                 wait_for(process, "refused", refused)
             for name in ("model.safetensors", "config.json"):

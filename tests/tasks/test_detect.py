@@ -162,9 +162,9 @@ def test_gives_the_authors_losses(golden: Callable[[str], dict[str, Any]], fill:
         assert float(found[name].detach()) == pytest.approx(expected["losses"][theirs], rel=1e-6), name
     found["loss"].backward()
     for tensor, name in ((logits, "pred_logits"), (boxes, "pred_boxes")):
-        assert float(tensor.grad.norm()) == pytest.approx(
-            expected["gradient of the total"][name]["l2"], rel=1e-6
-        )  # type: ignore[union-attr]
+        assert tensor.grad is not None
+        gradient = expected["gradient of the total"][name]
+        assert float(tensor.grad.norm()) == pytest.approx(gradient["l2"], rel=1e-6)
     matched = match(logits.detach(), boxes.detach(), targets, SOFTMAX)
     chosen = [[slots.tolist(), objects.tolist()] for slots, objects in matched]
     assert chosen == expected["assignment (predicted slot, target) per image, last layer"]

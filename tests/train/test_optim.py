@@ -91,9 +91,8 @@ def test_muon_takes_a_matrix_of_the_same_shape_and_another_name_whole() -> None:
 def test_a_step_of_muon_is_as_long_as_its_paper_says() -> None:
     weight = torch.nn.Parameter(torch.full((4, 16), 2.0))
     weight.grad = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
-    update = orthogonal(weight.grad[None], torch.float32)[
-        0
-    ]  # the first step's momentum points as the gradient does
+    # The first step's momentum points as the gradient does.
+    update = orthogonal(weight.grad[None], torch.float32)[0]
     Muon([weight], lr=0.1, weight_decay=0.5).step()
     expected = torch.full((4, 16), 2.0) * (1 - 0.1 * 0.5) - 0.1 * 0.2 * 16**0.5 * update
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-4, atol=1e-4)

@@ -104,9 +104,8 @@ def test_a_save_that_is_killed_at_any_rename_leaves_one_of_the_two_models(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
-        patch.setattr(
-            Path, "unlink", lambda self, missing_ok=False: None
-        )  # a killed process cleans up nothing
+        # A killed process cleans up nothing.
+        patch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
         with contextlib.suppress(KeyboardInterrupt):
             folder.save(tmp_path, OTHER, Card(architecture="vit_tiny_patch16_224", notes="new"))
     assert Path.unlink is keep

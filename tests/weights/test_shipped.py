@@ -45,9 +45,8 @@ def test_a_full_name_means_that_network_without_its_weights_too() -> None:
     name = "vit_tiny_patch16_224.imagenette"
     kept = from_pretrained(name)
     assert create_model(name).config == create_model(name, shipped.ASSETS / name).config == kept.config
-    assert (
-        create_model("vit_tiny_patch16_224.augreg_in21k", depth=1).num_classes == 1000
-    )  # timm's tags say nothing here
+    # timm's tags say nothing here.
+    assert create_model("vit_tiny_patch16_224.augreg_in21k", depth=1).num_classes == 1000
     assert list_models("*.imagenette", pretrained=True) == [
         known for known in NAMES if known.endswith("imagenette")
     ]

@@ -281,9 +281,8 @@ def test_a_folder_opens_in_timm_and_in_transformers(tmp_path: Path) -> None:
 def test_a_learned_grid_that_is_not_square_is_told_by_the_folder(tmp_path: Path) -> None:
     made = from_config("vit_tiny_patch16_224", variant("vit_tiny_patch16_224", depth=1, img_size=(32, 128)))
     made.save_pretrained(tmp_path)
-    told = create_model(
-        "vit_tiny_patch16_224", tmp_path, depth=1, img_size=(64, 64)
-    )  # 2x8 and 4x4: both 16 cells
+    # 2x8 and 4x4: both 16 cells.
+    told = create_model("vit_tiny_patch16_224", tmp_path, depth=1, img_size=(64, 64))
     assert "from 2x8 to 4x4" in dict(told.receipt.made)["backbone.stages.0.entry.positions.table"]
 
 

@@ -84,10 +84,8 @@ ELSEWHERE = {
 
 def entry() -> None:
     """The `vitrail` command."""
-    for stream in (
-        sys.stdout,
-        sys.stderr,
-    ):  # file names need not be text; in JSON, \\udcff is the same letter
+    # File names need not be text; in JSON, \\udcff is the same letter.
+    for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))

@@ -134,9 +134,8 @@ class Resident:
         """Random erasing with noise in the statistics that normalising undoes, as TrainTransform does it."""
         record = Augmentation(scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3))
         chosen = torch.rand(len(pictures), generator=generator) < self.augmentation.reprob
-        top, left, tall, wide = boxes(len(pictures), self.preprocessing.input_size, record, generator).unbind(
-            1
-        )
+        drawn = boxes(len(pictures), self.preprocessing.input_size, record, generator)
+        top, left, tall, wide = drawn.unbind(1)
         y, x = (torch.arange(side)[None] for side in self.preprocessing.input_size)
         rows = (y >= top[:, None]) & (y < (top + tall)[:, None])  # [B, h]
         columns = (x >= left[:, None]) & (x < (left + wide)[:, None])  # [B, w]
@@ -165,9 +164,8 @@ class Resident:
             except ImageError as error:
                 self.skipped[index] = str(error)
 
-        with ThreadPoolExecutor(
-            max(1, readers)
-        ) as pool:  # decoders and resizing leave Python's lock to the others
+        # Threads suffice: decoders and resizing release Python's lock.
+        with ThreadPoolExecutor(max(1, readers)) as pool:
             for _ in pool.map(read, range(len(source))):
                 pass
         kept = [index for index in range(len(source)) if index not in self.skipped]
@@ -218,16 +216,13 @@ def resized_crop(pictures: Pixels, box: Int[Tensor, "B 4"], size: tuple[int, int
     """Each picture's box, resized bilinearly to `size`; its edge pixels go on beyond it."""
     height, width = pictures.shape[2:]
     top, left, tall, wide = box.to(pictures.device, torch.float32).unbind(1)
-    y = (
-        top[:, None] + (torch.arange(size[0], device=pictures.device) + 0.5) * tall[:, None] / size[0]
-    )  # [B, h]
-    x = (
-        left[:, None] + (torch.arange(size[1], device=pictures.device) + 0.5) * wide[:, None] / size[1]
-    )  # [B, w]
     # Centres of pixels stand at half numbers; grid_sample's -1..1 are the picture's outer edges.
-    places = torch.stack(
-        torch.broadcast_tensors(2 * x[:, None, :] / width - 1, 2 * y[:, :, None] / height - 1), dim=-1
-    )  # [B, h, w, 2]
+    rows = torch.arange(size[0], device=pictures.device) + 0.5
+    columns = torch.arange(size[1], device=pictures.device) + 0.5
+    y = top[:, None] + rows * tall[:, None] / size[0]  # [B, h]
+    x = left[:, None] + columns * wide[:, None] / size[1]  # [B, w]
+    places = torch.broadcast_tensors(2 * x[:, None, :] / width - 1, 2 * y[:, :, None] / height - 1)
+    places = torch.stack(places, dim=-1)  # [B, h, w, 2]
     return _pixels(F.grid_sample(pictures.float(), places, padding_mode="border", align_corners=False))
 
 
@@ -274,9 +269,8 @@ def blurred(images: Float[Tensor, "B C h w"], sigma: Float[Tensor, " B"]) -> Flo
     kernel = (kernel / kernel.sum(dim=1, keepdim=True)).repeat_interleave(channels, dim=0)  # [B * C, 13]
     flat = F.pad(images.reshape(1, count * channels, height, width), [reach] * 4, mode="replicate")
     flat = F.conv2d(flat, kernel[:, None, :, None], groups=count * channels)
-    return F.conv2d(flat, kernel[:, None, None, :], groups=count * channels).reshape(
-        images.shape
-    )  # [B, C, h, w]
+    flat = F.conv2d(flat, kernel[:, None, None, :], groups=count * channels)
+    return flat.reshape(images.shape)
 
 
 def jittered(pictures: Pixels, strength: float, generator: torch.Generator) -> Pixels:

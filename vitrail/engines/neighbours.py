@@ -94,9 +94,8 @@ class Neighbours:
                 row[same] = -torch.inf
                 self.met += 1
         near, index = alike.topk(self.k, dim=1)  # [B, k]
-        weights = torch.softmax(
-            near / TEMPERATURE, dim=1
-        ).nan_to_num()  # [B, k]; none where only itself is known
+        # Where only the picture itself is known, every weight would be NaN: it has no neighbour.
+        weights = torch.softmax(near / TEMPERATURE, dim=1).nan_to_num()  # [B, k]
         shares = weights.new_zeros(len(images), self.classes)
         shares.scatter_add_(1, self.targets[index], weights)
         return shares.clamp_min(1e-6).log()  # [B, K]

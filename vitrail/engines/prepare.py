@@ -143,7 +143,6 @@ class Shelf:
         if kept.parent != self.model / FOLDER:
             return
         for other in kept.parent.iterdir():
-            if (
-                other != kept and other.is_dir() and not other.name.startswith(".")
-            ):  # another process's, half made
+            half_made = other.name.startswith(".")  # by another process, at this moment
+            if other != kept and other.is_dir() and not half_made:
                 shutil.rmtree(other, ignore_errors=True)

@@ -232,11 +232,12 @@ class _Habits:
 
     def __init__(self) -> None:
         self.pictures = 0
-        self.seen: dict[
-            str, list[Tensor]
-        ] = {}  # layer -> [3, H] a batch: distance, entropy, weight on one key
-        self.factors: dict[str, list[Tensor]] = {}  # gate -> [B, C]
-        self.lengths: dict[str, list[Tensor]] = {}  # block -> [B, n]
+        self.seen: dict[str, list[Tensor]] = {}
+        """By layer, for each batch [3, H]: distance, entropy, weight on one key."""
+        self.factors: dict[str, list[Tensor]] = {}
+        """By gate, for each batch [B, C]."""
+        self.lengths: dict[str, list[Tensor]] = {}
+        """By block, for each batch [B, n]."""
 
     def add(self, network: nn.Module, images: Tensor) -> None:
         gates = gates_of(network)

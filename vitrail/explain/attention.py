@@ -238,9 +238,8 @@ def _look(
     factor: Tensor | None,
 ) -> Look:
     given = arguments[0]
-    grid = (
-        Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]
-    )  # a map (non-local), or tokens with their grid
+    # A mixer is given a map (non-local), or tokens with their grid.
+    grid = Grid(*given.shape[2:]) if given.ndim == 4 else arguments[1]
     prefix = 0 if given.ndim == 4 else given.shape[1] - grid.size
     if factor is not None:
         count = factor.shape[1]

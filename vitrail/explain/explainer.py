@@ -361,9 +361,8 @@ class Explainer:
             wanted, region = region_question(asked, output, wanted, self.labels)
         answer = asked.answer(output)[:, : len(self.labels)]
         rest = self._answered(answer, wanted, name)
-        shares = (
-            answer[0].exp().tolist()
-        )  # as they are: "nothing there" has the rest, which no softmax may share out
+        # As they are: "nothing there" has the rest, which no softmax may share out.
+        shares = answer[0].exp().tolist()
         top = tuple(dataclasses.replace(guess, score=shares[guess.index]) for guess in rest.prediction.top)
         prediction = dataclasses.replace(rest.prediction, top=top)
         return Subject(wanted, shares[wanted], prediction, outline, region)

@@ -34,14 +34,14 @@ CONTROLS = ("random", "centre")
 """Maps that know nothing of the image: a new one by chance for each, and the distance from the middle."""
 
 MAY_BE_CHANCE = "its lead over the middle may be chance"
+"""Warning for a method that surely beats the random map, but the centre map only on average."""
+
 TOO_FEW = "too few pictures to tell"
 UNSURE = frozenset((MAY_BE_CHANCE, TOO_FEW))
 """Warnings that nothing is proved, where the others say that a method fails."""
 
 SURE = 0.01
-"""Up to this chance a lead counts."""
-
-"""Said of a method that beats the random map surely, and the middle in the mean only."""
+"""Largest p-value at which a lead counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +125,8 @@ def score_maps(
     labels = region_labels((image.shape[1], image.shape[2]), grid).to(image.device)
     inside = torch.linspace(0, grid[0] * grid[1], steps + 1).round().long()[1:-1]
     ranks = [rank(map) for map in maps]  # [r * c] each
-    masks = [
-        (found[labels] < count.to(labels.device)) for found in ranks for count in inside
-    ]  # what counts most
+    # The regions that count most, in growing numbers.
+    masks = [(found[labels] < count.to(labels.device)) for found in ranks for count in inside]
     if fill == "removal":
         hidden = torch.stack([labels < 0, labels >= 0, *masks, *(~mask for mask in masks)])
         return _areas(_without(network, image, hidden, target, chunk), len(maps), steps)

@@ -208,9 +208,8 @@ def attention(
         prefix=row[:, :, : look.prefix], cells=row[:, :, look.prefix :].unflatten(2, tuple(look.grid))
     )
     cells = looked_at(start, look, weights).cells[:, 0]
-    summing = bool(
-        torch.allclose(weights.sum(dim=2), torch.ones(()).to(weights), atol=1e-3)
-    )  # not in all non-locals
+    # In some non-local blocks the weights of a row do not sum to 1.
+    summing = bool(torch.allclose(weights.sum(dim=2), torch.ones(()).to(weights), atol=1e-3))
     return Heat(
         values=cells.float().cpu(),
         placement=look.placement,

@@ -166,9 +166,7 @@ def trial(
             logits = timed("", lambda: network(images).cpu())  # noqa: B023 called at once
         target, size = int(logits[0].argmax()), (images.shape[2], images.shape[3])
         ask = partial(heat_of, network, images, [target], options=options)
-        heats = [
-            timed(method, partial(ask, method=method)) for method in methods
-        ]  # their values are on the CPU
+        heats = [timed(method, partial(ask, method=method)) for method in methods]
         controls = [random_map(regions, seed + done), centre_map(regions)]
         for fill in fills:
             maps = torch.stack([*(scored(heat, size, regions, fill) for heat in heats), *controls])

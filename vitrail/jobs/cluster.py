@@ -268,9 +268,8 @@ def worker_settings(run: PredictRun, images: int) -> dict[str, Any]:
 def _connect(progress: bool) -> Any:
     """Ray, on the cluster that its own settings name, else on this machine; it reports nothing to anybody."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault(
-        "RAY_BACKEND_LOG_LEVEL", "fatal"
-    )  # its own notes; what fails comes back as an error
+    # Ray's own notes are not wanted: what fails comes back as an error.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     import ray
 
     for name in ("ray", "ray.data"):

@@ -104,10 +104,8 @@ _NO_TOKEN = Drop("dist_token", "this encoder has no distillation token", when="d
 
 TIMM = Layout(
     name="timm",
-    signature=(
-        "norm.weight",
-        "pos_embed",
-    ),  # DeiT's own files are the same, so this one, which asks more, wins
+    # DeiT's own files have both as well, so this layout, which asks for more, wins.
+    signature=("norm.weight", "pos_embed"),
     prefixes=plain.TIMM.prefixes,
     rules=(
         *plain.TIMM.rules,

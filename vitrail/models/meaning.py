@@ -98,9 +98,8 @@ def differences(name: str, config: Any, card: Card) -> list[Difference]:
     fixed = FIXED.get(registry.family_name(module), {})
     mine, other = {**fixed, **_silent(ours)}, _silent(theirs)
     if all(theirs.get(field, ours.get(field)) == ours.get(field) for field in ("windows", "trained_windows")):
-        other.pop(
-            "trained_windows", None
-        )  # the same windows, of maps that another image size may make smaller
+        # The same windows, of maps that another image size may make smaller.
+        other.pop("trained_windows", None)
     return [
         Difference(field, value, mine[field])
         for field, value in other.items()

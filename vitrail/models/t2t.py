@@ -187,9 +187,8 @@ def _dense_backbone(config: Config) -> tuple[list[nn.Module], int]:
     """Blocks that grow by `growth` each, with a transition to half the width between the stages."""
     blocks: list[nn.Module] = []
     width, ratio = config.width, config.hidden / config.width
-    rates = drop_path_rates(
-        config.drop_path_rate, 12
-    )  # the code's slip: twelve rates, read by the number of the stage
+    # The original code's slip, kept: twelve rates, read by the number of the stage.
+    rates = drop_path_rates(config.drop_path_rate, 12)
     for number, count in enumerate(config.dense_depths):
         if number:
             blocks.append(Transition(width))

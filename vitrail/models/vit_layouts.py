@@ -47,9 +47,8 @@ def timm_config(name: str, config: Config) -> dict[str, Any]:
     usual = _timm_arguments(VARIANTS[architecture])
     unusual = {key: value for key, value in _timm_arguments(config).items() if value != usual[key]}
     if abs(config.eps - TIMM_EPS) > TIMM_EPS:
-        unusual["eps"] = (
-            config.eps
-        )  # timm has no such argument: it refuses the folder, and computes nothing else
+        # timm has no such argument, and so refuses the folder rather than compute something else.
+        unusual["eps"] = config.eps
     return {"architecture": architecture} | ({"model_args": unusual} if unusual else {})
 
 

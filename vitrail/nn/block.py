@@ -52,9 +52,8 @@ class DropPath(nn.Module):
         self, tokens: Float[Tensor, "B N D"], branch: Callable[[Tensor], Tensor]
     ) -> Float[Tensor, "B N D"]:
         """Tokens plus what the branch makes of them, without the samples for which it is dropped."""
-        if not (
-            self.subset and self.training
-        ):  # nothing here may read the rate, or compiled blocks share no code
+        # Nothing before this return may read the rate, or compiled blocks share no code.
+        if not (self.subset and self.training):
             return tokens + self(branch(tokens))
         count = len(tokens)
         kept = max(1, round(count * (1.0 - self.rate)))

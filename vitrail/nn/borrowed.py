@@ -28,9 +28,8 @@ class GatedAttention(Attention):
         self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H N E"]
     ) -> Float[Tensor, "B N V"]:
         out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))  # [B, N, D]
-        gate = torch.sigmoid(
-            self.excite(torch.relu(self.squeeze(out.mean(dim=1, keepdim=True))))
-        )  # [B, 1, D]
+        squeezed = torch.relu(self.squeeze(out.mean(dim=1, keepdim=True)))
+        gate = torch.sigmoid(self.excite(squeezed))  # [B, 1, D]
         gated: Tensor = self.dropout(out * gate)
         return gated
 
@@ -59,9 +58,8 @@ class GhostAttention(Attention):
         half = self.qkv(tokens)  # [B, N, 3 * D / 2]
         joint = torch.stack([half, self.ghost(half)], dim=2).unflatten(3, (3, -1))  # [B, N, 2, 3, D / 2]
         joint = joint.permute(3, 0, 1, 2, 4).flatten(3)  # [3, B, N, D]: features first, their ghosts behind
-        queries, keys, values = (
-            joint.unflatten(3, (self.heads, -1)).transpose(2, 3).unbind(0)
-        )  # [B, H, N, E] each
+        joint = joint.unflatten(3, (self.heads, -1)).transpose(2, 3)  # [3, B, H, N, E]
+        queries, keys, values = joint.unbind(0)
         return queries, keys, values
 
 
@@ -77,9 +75,8 @@ class GhostMlp(nn.Module):
 
     def forward(self, tokens: Float[Tensor, "B N D"], grid: Grid | None = None) -> Float[Tensor, "B N D"]:
         inner = self.act(self.fc1(tokens))
-        inner = torch.cat(
-            [inner, *(self.act(ghost(inner)) for ghost in self.ghosts)], dim=-1
-        )  # [B, N, 3 * D]
+        ghosts = [self.act(ghost(inner)) for ghost in self.ghosts]
+        inner = torch.cat([inner, *ghosts], dim=-1)  # [B, N, 3 * D]
         out: Tensor = self.dropout(self.fc2(self.dropout(inner)))
         return out
 

@@ -32,9 +32,8 @@ def cells_of(
         rows, columns = map.shape[2:]
         y = (torch.arange(rows, dtype=torch.float32, device=device) + 0.5) * level.stride
         x = (torch.arange(columns, dtype=torch.float32, device=device) + 0.5) * level.stride
-        places = torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1).flatten(
-            0, 1
-        )  # [N, 2]
+        places = torch.stack([x.expand(rows, -1), y[:, None].expand(-1, columns)], dim=-1)
+        places = places.flatten(0, 1)  # [N, 2]
         centres = places / sides[:, None]  # [B or 1, N, 2]
         steps = (level.stride / sides)[:, None].expand_as(centres)
         found.append(torch.cat([centres, steps], dim=-1))

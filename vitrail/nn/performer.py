@@ -134,9 +134,8 @@ class RandomFeatures(Attention):
         queries, keys, _ = self.project(tokens)
         with _without_autocast(tokens):
             phi_q, phi_k = self._features(queries, keys)
-            total = (
-                phi_q @ phi_k.sum(dim=-2, keepdim=True).transpose(-2, -1) + self.kernel.guard
-            )  # [B, H, N, 1]
+            summed = phi_k.sum(dim=-2, keepdim=True)  # [B, H, 1, M]
+            total = phi_q @ summed.transpose(-2, -1) + self.kernel.guard  # [B, H, N, 1]
             return phi_q / total, phi_k
 
     def _features(self, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:

@@ -241,9 +241,8 @@ class WindowAttention(Attention):
         if len(bias) == self.heads:
             return attend(queries, keys, values, self.scale, bias, dropout)
         # windows differ in their mask: they stand beside the heads, so that one bias serves the whole batch
-        queries, keys, values = (
-            part.unflatten(0, (-1, plan.windows)).flatten(1, 2) for part in (queries, keys, values)
-        )  # each [B, W * H, L, E]
+        parts = (part.unflatten(0, (-1, plan.windows)) for part in (queries, keys, values))
+        queries, keys, values = (part.flatten(1, 2) for part in parts)  # each [B, W * H, L, E]
         heads = attend(queries, keys, values, self.scale, bias, dropout)
         apart: Tensor = heads.unflatten(1, (plan.windows, self.heads)).flatten(0, 1)  # [B * W, H, L, E]
         return apart

@@ -97,8 +97,7 @@ def assign(costs: Float[Tensor, "Q T"]) -> Pairs:
     """The pairs of least total cost, in the order of the slots."""
     from scipy.optimize import linear_sum_assignment
 
-    costs = costs.nan_to_num(
-        1e8, 1e8, -1e8
-    )  # the loss of such answers is no number either, and training sees it
+    # The loss of answers that are no number is none either, and training stops there.
+    costs = costs.nan_to_num(1e8, 1e8, -1e8)
     slots, objects = linear_sum_assignment(costs.numpy())
     return torch.as_tensor(slots, dtype=torch.int64), torch.as_tensor(objects, dtype=torch.int64)

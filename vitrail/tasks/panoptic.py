@@ -105,9 +105,8 @@ def mask_loss(
         [target.to(masks.device)[objects] for target, (_, objects) in zip(targets, pairs, strict=True)]
     )
     chosen = exact(masks[rows, slots])[:, None]  # [T, 1, h, w]
-    found = F.interpolate(chosen, size=sizes.pop(), mode="bilinear", align_corners=False).flatten(
-        1
-    )  # [T, I * J]
+    found = F.interpolate(chosen, size=sizes.pop(), mode="bilinear", align_corners=False)
+    found = found.flatten(1)  # [T, I * J]
     truth = wanted.flatten(1).to(found)
     chance = found.sigmoid()
     overlap = (2 * (chance * truth).sum(dim=1) + 1) / (chance.sum(dim=1) + truth.sum(dim=1) + 1)

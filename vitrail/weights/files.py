@@ -362,9 +362,9 @@ def _refusal(path: Path, error: Exception) -> str:
             " no other way in. If you trust where it comes from, save its state dict again with torch.save and no"
             " pickle_protocol, best as .safetensors."
         )
-    said = text.rpartition("WeightsUnpickler error:")[
-        2
-    ].strip()  # before it torch advises to open the file unsafely
+    # Before these words torch advises to open the file unsafely.
+    _, _, said = text.rpartition("WeightsUnpickler error:")
+    said = said.strip()
     reason = next((line for line in said.splitlines() if "Error" in line), said.partition("\n")[0])
     return f"{path} is no whole torch file ({reason.strip()[:200] or type(error).__name__})."
 
