@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.nn.attention import attend, attention_weights
+from vitrail.nn.attention import attend, attention_weights, head_width, merge_heads, split_heads
 from vitrail.nn.block import Mlp
 from vitrail.nn.boxes import BoxMlp
 from vitrail.nn.decoder import Bias, QueryAttention
@@ -45,7 +45,7 @@ class PlacedAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, attention_dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (2 * width // heads) ** -0.5
+        self.heads, self.scale = heads, (2 * head_width(width, heads)) ** -0.5
         self.attention_dropout = attention_dropout
         self.query, self.query_place = nn.Linear(width, width), nn.Linear(width, width)
         self.key, self.key_place = nn.Linear(width, width), nn.Linear(width, width)
@@ -95,11 +95,10 @@ class PlacedAttention(nn.Module):
         return torch.cat(queries, dim=-1), torch.cat([self._split(keys), places], dim=-1)
 
     def _split(self, tokens: Tensor) -> Tensor:
-        heads: Tensor = tokens.unflatten(2, (self.heads, -1))  # [B, N, H, E]
-        return heads.transpose(1, 2)  # [B, H, N, E]
+        return split_heads(tokens, self.heads)
 
     def _merge(self, heads: Tensor) -> Tensor:
-        out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))  # [B, Q, D]
+        out: Tensor = self.proj(merge_heads(heads))  # [B, Q, D]
         return out
 
 

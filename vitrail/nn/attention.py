@@ -74,6 +74,25 @@ def attention_weights(
     return torch.softmax(scores if bias is None else scores + bias.to(scores.dtype), dim=-1)
 
 
+def head_width(width: int, heads: int) -> int:
+    """Channels of one head. Raises ModelError where the heads cannot share the width evenly."""
+    if heads < 1 or width % heads:
+        raise ModelError(
+            f"The width of attention must be a multiple of its heads; got {width} and {heads} heads."
+        )
+    return width // heads
+
+
+def split_heads(tokens: Float[Tensor, "B N D"], heads: int) -> Float[Tensor, "B H N E"]:
+    """Each head's share of the channels, D = H * E."""
+    return tokens.unflatten(2, (heads, -1)).transpose(1, 2)
+
+
+def merge_heads(heads: Float[Tensor, "B H N E"]) -> Float[Tensor, "B N D"]:
+    """Heads side by side, D = H * E: the inverse of `split_heads`."""
+    return heads.transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """Global multi-head self-attention over all tokens.
 
@@ -101,15 +120,12 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         inner = width if inner is None else inner
-        if inner % heads:
-            raise ModelError(
-                f"The width of attention must be a multiple of its heads; got {inner} and {heads} heads."
-            )
-        self.heads, self.scale = heads, (inner // heads) ** -0.5 if scale is None else scale
+        channels = head_width(inner, heads)
+        self.heads, self.scale = heads, channels**-0.5 if scale is None else scale
         self.attention_dropout, self.value_skip = attention_dropout, value_skip
         self.qkv = nn.Linear(width, 3 * inner, bias=qkv_bias)
-        self.q_norm = nn.LayerNorm(inner // heads, eps=eps) if qk_norm else nn.Identity()
-        self.k_norm = nn.LayerNorm(inner // heads, eps=eps) if qk_norm else nn.Identity()
+        self.q_norm = nn.LayerNorm(channels, eps=eps) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(channels, eps=eps) if qk_norm else nn.Identity()
         self.proj = nn.Linear(inner, inner)
         self.dropout = nn.Dropout(dropout)
 
@@ -139,5 +155,5 @@ class Attention(nn.Module):
         self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H M E"]
     ) -> Float[Tensor, "B N V"]:
         """Heads side by side, then the output projection, and the values themselves where they are the skip."""
-        out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, N, H * E]
-        return out + values.transpose(1, 2).flatten(2) if self.value_skip else out
+        out: Tensor = self.dropout(self.proj(merge_heads(heads)))  # [B, N, V]
+        return out + merge_heads(values) if self.value_skip else out

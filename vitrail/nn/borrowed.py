@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.nn.attention import Attention
+from vitrail.nn.attention import Attention, merge_heads
 from vitrail.nn.block import Block
 from vitrail.nn.shapes import Grid
 
@@ -27,7 +27,7 @@ class GatedAttention(Attention):
     def merge(
         self, heads: Float[Tensor, "B H N E"], values: Float[Tensor, "B H N E"]
     ) -> Float[Tensor, "B N V"]:
-        out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))  # [B, N, D]
+        out: Tensor = self.proj(merge_heads(heads))  # [B, N, D]
         squeezed = torch.relu(self.squeeze(out.mean(dim=1, keepdim=True)))
         gate = torch.sigmoid(self.excite(squeezed))  # [B, 1, D]
         gated: Tensor = self.dropout(out * gate)

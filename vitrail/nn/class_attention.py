@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.nn.attention import Attention, attend, attention_weights
+from vitrail.nn.attention import Attention, attend, attention_weights, head_width, merge_heads, split_heads
 from vitrail.nn.block import Block
 from vitrail.nn.shapes import Grid
 
@@ -87,7 +87,7 @@ class ClassAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.heads, self.scale = heads, head_width(width, heads) ** -0.5
         self.attention_dropout = attention_dropout
         self.query = nn.Linear(width, width, bias=qkv_bias)
         self.key = nn.Linear(width, width, bias=qkv_bias)
@@ -116,11 +116,10 @@ class ClassAttention(nn.Module):
         return self._split(self.query(prefix)), self._split(self.key(tokens))
 
     def _split(self, tokens: Tensor) -> Tensor:
-        heads: Tensor = tokens.unflatten(2, (self.heads, -1))  # [B, N, H, E]
-        return heads.transpose(1, 2)  # [B, H, N, E]
+        return split_heads(tokens, self.heads)
 
     def _merge(self, heads: Tensor) -> Tensor:
-        out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, P, D]
+        out: Tensor = self.dropout(self.proj(merge_heads(heads)))  # [B, P, D]
         return out
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.nn.attention import head_width, merge_heads, split_heads
 from vitrail.nn.block import Mlp
 from vitrail.nn.entry import Map
 from vitrail.nn.masks import Maps, MaskHead, resize
@@ -37,7 +38,7 @@ class ClassLayer(nn.Module):
         self, width: int, heads: int, hidden: int, numerics: Numerics, last: bool, eps: float
     ) -> None:
         super().__init__()
-        self.heads, self.scale, self.numerics = heads, (width // heads) ** -0.5, numerics
+        self.heads, self.scale, self.numerics = heads, head_width(width, heads) ** -0.5, numerics
         self.query_norm = nn.LayerNorm(width, eps=eps)
         self.token_norm = nn.LayerNorm(width, eps=eps)
         self.query = nn.Linear(width, width, bias=False)
@@ -57,7 +58,7 @@ class ClassLayer(nn.Module):
         if self.numerics == "published":
             asked = asked.view(asked.shape[0], self.heads, queries.shape[1], -1)  # [B, H, K, E], scrambled
         else:
-            asked = asked.unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, K, E]
+            asked = split_heads(asked, self.heads)  # [B, H, K, E]
         pairs = self.key_value(self.token_norm(tokens)).unflatten(2, (2, self.heads, -1))  # [B, N, 2, H, E]
         keys, values = pairs.permute(2, 0, 3, 1, 4).unbind(0)  # two of [B, H, N, E]
         scores = asked @ keys.transpose(-2, -1) * self.scale  # [B, H, K, N]
@@ -68,7 +69,7 @@ class ClassLayer(nn.Module):
             found = self.proj(found.reshape(queries.shape))  # [B, K, D], scrambled as the queries were
             queries, tokens = found + found, tokens + tokens
         else:
-            queries = queries + self.proj(found.transpose(1, 2).flatten(2))  # [B, K, D]
+            queries = queries + self.proj(merge_heads(found))  # [B, K, D]
         queries = queries + self.mlp(self.norm2(queries))
         tokens = tokens + self.token_mlp(self.norm3(tokens))
         return queries, tokens, scores

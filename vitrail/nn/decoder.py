@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.errors import ModelError
-from vitrail.nn.attention import attend, attention_weights
+from vitrail.nn.attention import attend, attention_weights, head_width, merge_heads, split_heads
 from vitrail.nn.block import Mlp
 from vitrail.nn.recompute import recomputed
 
@@ -33,11 +32,7 @@ class QueryAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, attention_dropout: float = 0.0) -> None:
         super().__init__()
-        if width % heads:
-            raise ModelError(
-                f"The width of attention must be a multiple of its heads; got {width} and {heads} heads."
-            )
-        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.heads, self.scale = heads, head_width(width, heads) ** -0.5
         self.attention_dropout = attention_dropout
         self.query = nn.Linear(width, width)
         self.key = nn.Linear(width, width)
@@ -80,11 +75,10 @@ class QueryAttention(nn.Module):
         return self._merge(weights @ self._split(self.value(values)))
 
     def _split(self, tokens: Tensor) -> Tensor:
-        heads: Tensor = tokens.unflatten(2, (self.heads, -1))  # [B, N, H, E]
-        return heads.transpose(1, 2)  # [B, H, N, E]
+        return split_heads(tokens, self.heads)
 
     def _merge(self, heads: Tensor) -> Tensor:
-        out: Tensor = self.proj(heads.transpose(1, 2).flatten(2))  # [B, Q, D]
+        out: Tensor = self.proj(merge_heads(heads))  # [B, Q, D]
         return out
 
 

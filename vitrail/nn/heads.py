@@ -82,12 +82,7 @@ class ClassHead(nn.Module):
 
     def reset(self, num_classes: int) -> None:
         """A new last layer for other classes, as a new model has it."""
-        self.linear = fresh_like(self.linear, self._features(), num_classes, self.start)
-
-    def _features(self) -> int:
-        if isinstance(self.linear, nn.Linear):
-            return self.linear.in_features
-        raise ModelError("A head without classes cannot be given new ones: build the model with num_classes.")
+        self.linear = fresh_like(self.linear, _features(self.linear), num_classes, self.start)
 
 
 class DistilledHead(nn.Module):
@@ -130,11 +125,7 @@ class DistilledHead(nn.Module):
         return self.linear
 
     def reset(self, num_classes: int) -> None:
-        if not isinstance(self.linear, nn.Linear):
-            raise ModelError(
-                "A head without classes cannot be given new ones: build the model with num_classes."
-            )
-        features = self.linear.in_features
+        features = _features(self.linear)
         self.linear = fresh_like(self.linear, features, num_classes, self.start)
         self.distilled = fresh_like(self.distilled, features, num_classes, self.start)
 
@@ -144,14 +135,22 @@ def class_layer(features: int, num_classes: int) -> nn.Module:
     return nn.Linear(features, num_classes) if num_classes else nn.Identity()
 
 
+def _features(layer: nn.Module) -> int:
+    """Features that a class layer reads. Raises ModelError where the model has no classes."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features
+    raise ModelError("A head without classes cannot be given new ones: build the model with num_classes.")
+
+
 def fresh_like(old: nn.Module, features: int, num_classes: int, start: Start) -> nn.Module:
     """A new class layer on the old one's device and in its type."""
     layer = class_layer(features, num_classes)
     if isinstance(layer, nn.Linear):
+        if start == "small":
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+        elif start == "zero":
+            nn.init.zeros_(layer.weight)
         if start != "torch":
-            nn.init.trunc_normal_(layer.weight, std=0.02) if start == "small" else nn.init.zeros_(
-                layer.weight
-            )
             nn.init.zeros_(layer.bias)
         if isinstance(old, nn.Linear):
             layer = layer.to(device=old.weight.device, dtype=old.weight.dtype)

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.nn.attention import split_heads
+
 GROUPS = 8
 
 
@@ -35,8 +37,8 @@ class AttentionMaps(nn.Module):
         memory: Float[Tensor, "B N D"],
         bias: Float[Tensor, "_ _ _ _"] | None = None,
     ) -> Float[Tensor, "B Q H N"]:
-        queries = self.query(content).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, Q, E]
-        keys = self.key(memory).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, N, E]
+        queries = split_heads(self.query(content), self.heads)  # [B, H, Q, E]
+        keys = split_heads(self.key(memory), self.heads)  # [B, H, N, E]
         scores = (queries / math.sqrt(queries.shape[-1])) @ keys.transpose(-2, -1)  # [B, H, Q, N]
         scores = (scores if bias is None else scores + bias).transpose(1, 2)  # [B, Q, H, N]
         return scores.flatten(2).softmax(dim=-1).view(scores.shape)  # [B, Q, H, N]

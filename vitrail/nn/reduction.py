@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import ModelError
-from vitrail.nn.attention import attend, attention_weights
+from vitrail.nn.attention import attend, attention_weights, head_width, merge_heads, split_heads
 from vitrail.nn.shapes import Grid
 
 POOLED = 7
@@ -37,11 +37,7 @@ class SpatialReduction(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ModelError(
-                f"The width of attention must be a multiple of its heads; got {width} and {heads} heads."
-            )
-        self.heads, self.scale, self.reduction = heads, (width // heads) ** -0.5, reduction
+        self.heads, self.scale, self.reduction = heads, head_width(width, heads) ** -0.5, reduction
         self.attention_dropout = attention_dropout
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
@@ -67,8 +63,7 @@ class SpatialReduction(nn.Module):
         return self.merge(weights @ self.memory(tokens, grid)[1])
 
     def queries(self, tokens: Float[Tensor, "B N D"]) -> Float[Tensor, "B H N E"]:
-        queries: Tensor = self.q(tokens).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, N, E]
-        return queries
+        return split_heads(self.q(tokens), self.heads)
 
     def memory(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> tuple[Tensor, Tensor]:
         """Keys and values of the reduced map, each [B, H, M, E]."""
@@ -77,7 +72,7 @@ class SpatialReduction(nn.Module):
         return keys, values
 
     def merge(self, heads: Float[Tensor, "B H N E"]) -> Float[Tensor, "B N D"]:
-        out: Tensor = self.dropout(self.proj(heads.transpose(1, 2).flatten(2)))  # [B, N, D]
+        out: Tensor = self.dropout(self.proj(merge_heads(heads)))  # [B, N, D]
         return out
 
     def _reduced(self, tokens: Float[Tensor, "B N D"], grid: Grid) -> Float[Tensor, "B M D"]:
