@@ -6,9 +6,9 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Coroutine, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,14 +17,12 @@ from starlette.exceptions import HTTPException
 import vitrail
 from vitrail.errors import UserError
 from vitrail.jobs.serve import Seen, Served, Wish
-from vitrail.serve import body, schema, settings
+from vitrail.serve import body, infer, schema, settings
 from vitrail.serve.admission import Ticket
 from vitrail.serve.gate import Gate, refuse
 from vitrail.serve.house import House, Version
 from vitrail.serve.metrics import Metrics
 from vitrail.serve.refusals import Refusal
-
-T = TypeVar("T")
 
 PAGE_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
 PAGE_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\.(html|css|js|svg)")
@@ -57,9 +55,7 @@ def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, 
     if house.run.explain:
         add("/explain", desk.explain, methods=["POST"], response_class=Response, **schema.EXPLAIN)
         add("/story", desk.story, methods=["POST"], response_class=Response, **schema.STORY)
-    from vitrail.serve.infer import add_routes
-
-    add_routes(app, desk)
+    infer.add_routes(app, desk)
     if house.run.page:
         add("/", lambda: _static("index.html"), include_in_schema=False)
     add("/page/{name}", _static, include_in_schema=False)
@@ -197,7 +193,7 @@ class Desk:
             state.update(images=len(pictures), bytes=size)
             with place.version as version:
                 state.update(version=version.served.version)
-                found = await unless_left(request, work(version, pictures))
+                found = await body.unless_left(request.receive, work(version, pictures))
                 return answer(found, version)
         finally:
             ticket.release()
@@ -297,26 +293,6 @@ def urls_in(data: bytes) -> list[str]:
     if len(urls) > settings.MOST_URLS:
         raise Refusal("too_many_pictures")
     return urls
-
-
-async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` gives; cancelled, and Left raised, when the client goes first."""
-    doing = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if doing.done():
-            return doing.result()
-        raise body.Left
-    finally:
-        watching.cancel()
-        doing.cancel()
-        await asyncio.gather(watching, doing, return_exceptions=True)
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 def answer(value: Any, version: Version | None = None, status: int = 200) -> Response:

@@ -1,4 +1,4 @@
-"""Reading a request's body within bounds, and finding the pictures in it."""
+"""Reading a request's body within bounds, finding the pictures in it, and noticing that the client has gone."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import asyncio
 import json
 import re
 import urllib.parse
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from typing import Any, NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping
+from typing import Any, NamedTuple, TypeVar
 
 from vitrail.serve import settings
 from vitrail.serve.admission import Ticket
 from vitrail.serve.refusals import Refusal
 
+T = TypeVar("T")
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
@@ -65,6 +66,26 @@ async def read(receive: Receive, most: int, declared: int | None, ticket: Ticket
                     return b"".join(pieces)
     except TimeoutError:
         raise Refusal("slow_body", close=True) from None
+
+
+async def unless_left(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` gives. Raises Left, and cancels it, when the client goes first."""
+    doing = asyncio.ensure_future(work)
+    watching = asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({doing, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise Left
+    finally:
+        watching.cancel()
+        doing.cancel()
+        await asyncio.gather(watching, doing, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 def media_type(headers: Mapping[str, str]) -> tuple[str, str]:

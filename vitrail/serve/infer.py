@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request, Response
 
 import vitrail
 from vitrail.jobs.serve import Seen, Served
-from vitrail.serve import body, schema
+from vitrail.serve import body, schema, settings
 from vitrail.serve.house import Place, Version
 from vitrail.serve.refusals import Refusal
 
@@ -102,8 +102,6 @@ class Routes:
 
     async def infer(self, request: Request, name: str, version: str = "") -> Response:
         """Answers for one tensor of pictures or pixels."""
-        from vitrail.serve.app import unless_left
-
         place = self._place(name, version)
         state = request.scope["state"]
         headers = state["headers"]
@@ -121,7 +119,7 @@ class Routes:
                 ticket.resize(len(batch), len(data))
                 state.update(images=len(batch), bytes=len(data), version=current.served.version)
                 deadline = time.monotonic() + _timeout(order, house.run.deadline)
-                found = await unless_left(request, self._computed(current, batch, deadline))
+                found = await body.unless_left(request.receive, self._computed(current, batch, deadline))
                 house.metrics.images.labels(name, "answered").inc(len(batch))
                 return _outputs(order, current.served, found)
         finally:
@@ -199,7 +197,7 @@ def _batch(order: dict[str, Any], binary: bytes, served: Served) -> list[bytes] 
         raise Refusal("bad_tensor")
     if not all(isinstance(side, int) and not isinstance(side, bool) and 0 < side < 2**31 for side in shape):
         raise Refusal("bad_tensor")
-    if shape[0] > schema_most():
+    if shape[0] > settings.MOST_PARTS:
         raise Refusal("too_many_pictures")
     size = _parameters(given).get("binary_data_size")
     if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size != len(binary)):
@@ -217,19 +215,12 @@ def _batch(order: dict[str, Any], binary: bytes, served: Served) -> list[bytes] 
         values = (
             np.frombuffer(binary, dtype=np.uint8)
             if size is not None
-            else _json_bytes8(given.get("data"), count)
+            else _json_uint8(given.get("data"), count)
         )
         if len(values) != count:
             raise Refusal("bad_tensor")
         return values.reshape(shape)
     raise Refusal("bad_tensor")
-
-
-def schema_most() -> int:
-    """Pictures in one request."""
-    from vitrail.serve.settings import MOST_PARTS
-
-    return MOST_PARTS
 
 
 def _binary_bytes(data: bytes) -> list[bytes]:
@@ -255,7 +246,7 @@ def _json_bytes(data: Any) -> list[bytes]:
         raise Refusal("bad_tensor") from None
 
 
-def _json_bytes8(data: Any, count: int) -> np.ndarray[Any, Any]:
+def _json_uint8(data: Any, count: int) -> np.ndarray[Any, Any]:
     """Whole numbers 0..255, flat or nested."""
     flat: list[Any] = []
     _flatten(data, flat, count)
@@ -321,7 +312,7 @@ def _outputs(order: dict[str, Any], served: Served, found: list[Any]) -> Respons
     text = json.dumps(answer, ensure_ascii=True).encode()
     if not blobs:
         return Response(text, media_type="application/json")
-    headers = {"inference-header-content-length": str(len(text))}
+    headers = {LENGTH_HEADER: str(len(text))}
     return Response(b"".join([text, *blobs]), headers=headers, media_type="application/octet-stream")
 
 

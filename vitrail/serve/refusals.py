@@ -27,7 +27,6 @@ TABLE: dict[str, tuple[int, str]] = {
     ),
     "no_such_route": (404, "There is no such route; see /docs."),
     "no_such_model": (404, "There is no model of that name; see /models."),
-    "not_offered": (404, "This service does not offer that."),
     "wrong_method": (405, "This route does not take that method; see /docs."),
     "slow_body": (408, "The body did not arrive in time."),
     "body_too_large": (413, "The body is larger than this service takes."),

@@ -186,15 +186,13 @@ STORY = _route(
     refusals=IN_PICTURES,
 )
 
-NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-VERSION = {"name": "version", "in": "path", "required": True, "schema": {"type": "string"}}
 TENSORS = {
     "required": True,
     "content": {"application/json": {"schema": OBJECT}, "application/octet-stream": PICTURE},
 }
 
 
-def protocol(name: str, summary: str, *, versioned: bool = False, infer: bool = False) -> dict[str, Any]:
+def protocol(name: str, summary: str, *, infer: bool = False) -> dict[str, Any]:
     """A route of the Open Inference Protocol."""
     return _route(
         name,
