@@ -1,4 +1,4 @@
-"""The layers of the house: every import of every file, compared with the table of docs/decisions/001."""
+"""The layers: every import of every file, compared with the table of docs/decisions/001."""
 
 from __future__ import annotations
 

@@ -545,9 +545,9 @@ class ServeRun:
 
     # bounds
     queue_images: int = 256
-    """Pictures of one model that are in the house at once; more are refused with 503."""
+    """Pictures of one model that are in work at once; more are refused with 503."""
     queue_megabytes: int = 256
-    """Megabytes of request bodies of one model that are in the house at once."""
+    """Megabytes of request bodies of one model that are in work at once."""
     body_megabytes: int = 32
     """Megabytes of one request body."""
     megapixels: float = 50.0

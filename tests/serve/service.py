@@ -66,9 +66,9 @@ class Running:
         self.port = int(service.url.rpartition(":")[2])
 
     @property
-    def house(self) -> Any:
-        assert self.service.house is not None
-        return self.service.house
+    def backend(self) -> Any:
+        assert self.service.backend is not None
+        return self.service.backend
 
     def ask(self, method: str, path: str, body: Any = None, timeout: float = 60, **headers: str) -> Answer:
         """One request on a connection of its own; `_` in a header's name stands for `-`."""
@@ -131,7 +131,7 @@ def running(*models: str, ends: int = 0, **changes: Any) -> Iterator[Running]:
     try:
         yield Running(service, loops[0])
     finally:
-        if not service.house or not service.house.draining:
+        if not service.backend or not service.backend.draining:
             loops[0].call_soon_threadsafe(service.stop)
         thread.join(timeout=60)
     assert ended == [ends], ended

@@ -130,7 +130,7 @@ def heavy_pictures() -> dict[str, bytes]:
 
 def test_heavy_pictures_cost_little(service: Running) -> None:
     """Check 12 of the reliability sheet: refused or answered, soon, and without memory that stays."""
-    pools = service.house.decoders
+    pools = service.backend.decoders
     before = {place: resident(number) for place, number in pools.processes.items()}
     restarts = service.count("decoder_restarts_total")
     for name, data in heavy_pictures().items():
@@ -335,4 +335,4 @@ def test_a_request_without_an_end_is_hung_up_on(service: Running, monkeypatch: p
     slow = raw(service, b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\nabc")
     assert b" 408 " in slow.splitlines()[0] and b"slow_body" in slow
     assert time.monotonic() - begun < 8
-    assert service.call(lambda: service.house.places["first"].admission.images) == 0
+    assert service.call(lambda: service.backend.slots["first"].admission.images) == 0

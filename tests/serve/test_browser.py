@@ -139,9 +139,9 @@ def test_methods_and_classes_are_switched_and_scored(browser: Any, service: Runn
 def test_a_class_whose_name_is_another_ones_number_is_explained(
     browser: Any, service: Running, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for place in service.house.places.values():
-        monkeypatch.setattr(place.version.served, "labels", ("1", "2", "3", "4", "5"))
-        monkeypatch.setattr(place.version.served.explainer(), "labels", ["1", "2", "3", "4", "5"])
+    for slot in service.backend.slots.values():
+        monkeypatch.setattr(slot.version.served, "labels", ("1", "2", "3", "4", "5"))
+        monkeypatch.setattr(slot.version.served.explainer(), "labels", ["1", "2", "3", "4", "5"])
     page = Page(browser, service)
     page.page.select_option("#beside", "second")
     page.show(picture(2, (64, 64)))

@@ -120,7 +120,7 @@ def test_only_the_hosts_on_the_list_are_reached(canary: Canary, monkeypatch: pyt
             assert told.value.code == "url_not_allowed", url
 
     asyncio.run(go())
-    # A name on the list that leads into the house is looked up, and not called.
+    # A name on the list that leads into the own network is looked up, and not called.
     assert asked == ["pictures.example"] * 2 and canary.said == []
 
 
@@ -184,7 +184,7 @@ def test_a_picture_is_fetched_and_answered_as_if_it_had_been_sent(
         for bad in ([1], [], ["http://a/"] * 17):
             assert ask(service, *bad).status in (400, 413)
         assert ask(service, "http://localhost/").json["code"] == "url_not_allowed"
-        assert service.house.places["first"].admission.bytes == 0
+        assert service.backend.slots["first"].admission.bytes == 0
 
 
 def test_which_addresses_are_public() -> None:

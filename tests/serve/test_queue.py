@@ -153,31 +153,31 @@ def test_a_batch_that_fails_fails_alone() -> None:
     asyncio.run(go())
 
 
-def test_the_house_is_bounded_in_pictures_and_bytes() -> None:
-    house = Admission(4, 1000, lambda: 2.0)
-    tickets = [house.enter(1, 300) for _ in range(3)]
+def test_admission_is_bounded_in_pictures_and_bytes() -> None:
+    admission = Admission(4, 1000, lambda: 2.0)
+    tickets = [admission.enter(1, 300) for _ in range(3)]
     with pytest.raises(Refusal) as told:
-        house.enter(1, 300)
+        admission.enter(1, 300)
     assert (told.value.code, told.value.retry_after) == ("full", 6)
     with pytest.raises(Refusal):
         tickets[0].resize(3, 300)
     tickets[0].resize(2, 10)
     for ticket in tickets * 2:
         ticket.release()
-    assert (house.images, house.bytes) == (0, 0)
+    assert (admission.images, admission.bytes) == (0, 0)
 
 
 def test_who_would_be_late_is_not_let_in() -> None:
     pace = [5.0]
-    house = Admission(100, 1000, lambda: pace[0], patience=6.0)
-    house.enter(1, 1)  # an empty house takes anybody
+    admission = Admission(100, 1000, lambda: pace[0], patience=6.0)
+    admission.enter(1, 1)  # an empty service takes anybody
     with pytest.raises(Refusal, match="full"):
-        house.enter(1, 1)
+        admission.enter(1, 1)
     pace[0] = 1.0
     for _ in range(5):
-        house.enter(1, 1)
+        admission.enter(1, 1)
     with pytest.raises(Refusal, match="full"):
-        house.enter(1, 1)
+        admission.enter(1, 1)
 
 
 @pytest.fixture
@@ -190,13 +190,13 @@ def small(folders: tuple[Path, Path]) -> Iterator[Running]:
 def held(service: Running) -> threading.Event:
     """Keeps the engine busy until the event is set."""
     free = threading.Event()
-    compute = service.house.places["first"].version.served.compute
+    compute = service.backend.slots["first"].version.served.compute
 
     def wait(batch: Any) -> Any:
         free.wait(30)
         return compute(batch)
 
-    service.house.places["first"].version.served.compute = wait
+    service.backend.slots["first"].version.served.compute = wait
     return free
 
 
@@ -212,7 +212,7 @@ def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(
 ) -> None:
     caplog.set_level(logging.INFO, "vitrail.serve")
     free = held(small)
-    inside = small.house.places["first"].admission
+    inside = small.backend.slots["first"].admission
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(small.predict, picture(seed)) for seed in range(4)]
         until(lambda: inside.images == 4)
@@ -241,7 +241,7 @@ def test_a_full_house_refuses_at_once_and_every_request_is_accounted_for(
 
 def test_a_connection_that_was_refused_for_want_of_room_is_answered_later(small: Running) -> None:
     free = held(small)
-    inside = small.house.places["first"].admission
+    inside = small.backend.slots["first"].admission
     body = picture(size=(600, 500))
     assert len(body) > 65_536  # it comes in pieces, most of them after the answer
     with ThreadPoolExecutor(4) as pool:
@@ -265,10 +265,10 @@ def test_a_connection_that_was_refused_for_want_of_room_is_answered_later(small:
 
 def test_deadlines_and_clients_that_leave(small: Running) -> None:
     free = held(small)
-    inside = small.house.places["first"].admission
+    inside = small.backend.slots["first"].admission
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(small.predict, picture())
-        until(lambda: small.house.engine.busy())
+        until(lambda: small.backend.engine.busy())
         late = small.predict(picture(), "?deadline_ms=100")
         assert (late.status, late.json["code"]) == (504, "deadline")
         gone = http.client.HTTPConnection("127.0.0.1", small.port)
@@ -285,7 +285,7 @@ def test_deadlines_and_clients_that_leave(small: Running) -> None:
 
 
 def test_a_killed_decoder_costs_its_own_request_one_503(small: Running) -> None:
-    processes = small.house.decoders.processes
+    processes = small.backend.decoders.processes
     until(lambda: len(processes) == 2)
     before = dict(processes)
     os.kill(before[0], signal.SIGSTOP)
@@ -305,7 +305,7 @@ def test_a_killed_decoder_costs_its_own_request_one_503(small: Running) -> None:
 
 
 def test_an_idle_decoder_that_is_killed_costs_nothing(small: Running) -> None:
-    for process in dict(small.house.decoders.processes).values():
+    for process in dict(small.backend.decoders.processes).values():
         os.kill(process, signal.SIGKILL)
     until(lambda: small.count("decoder_restarts_total") == 2)
     assert small.predict(picture()).status == 200
@@ -399,9 +399,9 @@ def test_a_model_that_never_answers_turns_liveness_red(
     free = held(small)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(small.predict, picture())
-        until(lambda: small.house.engine.busy())
+        until(lambda: small.backend.engine.busy())
         assert small.ask("GET", "/health/live").status == 200
-        monkeypatch.setattr("vitrail.serve.house.STUCK_SECONDS", 0.05)
+        monkeypatch.setattr("vitrail.serve.backend.STUCK_SECONDS", 0.05)
         until(lambda: small.ask("GET", "/health/live").status == 503)
         assert small.ask("GET", "/v2/health/live").json["code"] == "not_ready"
         free.set()
@@ -467,7 +467,7 @@ def test_a_decoder_that_cannot_be_replaced_is_tried_again(
         return fork(self)
 
     monkeypatch.setattr(Decoders, "_fork", at_times)
-    processes = small.house.decoders.processes
+    processes = small.backend.decoders.processes
     until(lambda: len(processes) == 2)
     os.kill(processes[0], signal.SIGKILL)
     until(lambda: len(tries) == 3 and len(processes) == 2)
@@ -483,7 +483,7 @@ def test_a_stop_answers_what_was_let_in_and_refuses_the_rest(folders: tuple[Path
         assert open_connection.getresponse().read() and True
         with ThreadPoolExecutor(1) as pool:
             let_in = pool.submit(service.predict, picture())
-            until(lambda: service.house.places["first"].admission.images == 1)
+            until(lambda: service.backend.slots["first"].admission.images == 1)
             service.call(service.service.stop)
             try:
                 open_connection.request("GET", "/health/ready")
@@ -519,14 +519,14 @@ def test_a_stop_does_not_wait_for_an_explanation_that_nobody_reads(folders: tupl
     """Threads cannot be ended; that one is still at work is known, so that the process need not wait for it."""
     with running(str(folders[0]), drain=1, ends=1) as service:
         free = threading.Event()
-        served = service.house.places["first"].version.served
-        served.explain = lambda seen, wish: free.wait(30)
+        served = service.backend.slots["first"].version.served
+        served.explain = lambda seen, asked: free.wait(30)
         with ThreadPoolExecutor(1) as pool:
             asked = pool.submit(service.ask, "POST", "/explain", picture())
-            until(lambda: service.house.busy())
+            until(lambda: service.backend.busy())
             service.call(service.service.stop)
             with contextlib.suppress(ConnectionError, http.client.HTTPException):
                 asked.result(20)
-        assert service.house.busy()
+        assert service.backend.busy()
         free.set()
-        until(lambda: not service.house.busy())
+        until(lambda: not service.backend.busy())

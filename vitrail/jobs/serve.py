@@ -302,9 +302,9 @@ class Served:
                 self._explainer = Explainer(self.copy)
             return self._explainer
 
-    def explain(self, seen: Seen, wish: Wish) -> dict[str, Any]:
+    def explain(self, seen: Seen, asked: ExplainRequest) -> dict[str, Any]:
         """One map with its picture, JSON-ready. Raises what `Explainer` raises."""
-        return explained(self._explain(seen, wish))
+        return explained(self._explain(seen, asked))
 
     def story(self, seen: Seen, top_k: int) -> dict[str, Any]:
         """What the page tells of one picture: every step, the attention of every layer and head.
@@ -338,15 +338,15 @@ class Served:
             "attention": layers(explainer, looked) if mixers_of(explainer.network) else [],
         }
 
-    def _explain(self, seen: Seen, wish: Wish) -> Explanation:
+    def _explain(self, seen: Seen, asked: ExplainRequest) -> Explanation:
         return self.explainer()(
             _picture(seen),
-            wish.target,
-            wish.method,
-            score=wish.score,
+            asked.target,
+            asked.method,
+            score=asked.score,
             name=seen.name,
             pixels=torch.from_numpy(seen.pixels),
-            **wish.options,
+            **asked.options,
         )
 
 
@@ -385,7 +385,7 @@ def _by_rows(layer: nn.Module, given: tuple[Tensor, ...], found: Tensor) -> Tens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class ExplainRequest:
     """What is asked of an explanation."""
 
     method: str = "auto"

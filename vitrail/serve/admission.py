@@ -1,4 +1,4 @@
-"""Who is let in: one bounded house for each model, counted in pictures and in bytes."""
+"""Admission control: how many pictures and bytes each model may have in work at once."""
 
 from __future__ import annotations
 
@@ -10,30 +10,30 @@ from vitrail.serve.refusals import Refusal
 
 @dataclass
 class Ticket:
-    """A request's share of the house; handed back once, whatever happened."""
+    """A request's share of what its model may have in work; handed back once, whatever happened."""
 
-    house: Admission
+    admission: Admission
     images: int
     size: int
     open: bool = True
 
     def resize(self, images: int, size: int) -> None:
         """Another share, known better now. Raises Refusal when there is no room for more."""
-        self.house.room(images - self.images, size - self.size)
-        self.house.images += images - self.images
-        self.house.bytes += size - self.size
+        self.admission.room(images - self.images, size - self.size)
+        self.admission.images += images - self.images
+        self.admission.bytes += size - self.size
         self.images, self.size = images, size
 
     def release(self) -> None:
         """The share is free again."""
         if self.open:
             self.open = False
-            self.house.images -= self.images
-            self.house.bytes -= self.size
+            self.admission.images -= self.images
+            self.admission.bytes -= self.size
 
 
 class Admission:
-    """Pictures and bytes that are in the house, from the first byte of a request to the last of its answer.
+    """Pictures and bytes in work, from the first byte of a request to the last of its answer.
 
     Args:
         images: most pictures at once.

@@ -16,11 +16,11 @@ from starlette.exceptions import HTTPException
 
 import vitrail
 from vitrail.errors import UserError
-from vitrail.jobs.serve import Seen, Served, Wish
+from vitrail.jobs.serve import ExplainRequest, Seen, Served
 from vitrail.serve import body, infer, schema, settings
 from vitrail.serve.admission import Ticket
+from vitrail.serve.backend import Backend, Version
 from vitrail.serve.gate import Gate, refuse
-from vitrail.serve.house import House, Version
 from vitrail.serve.metrics import Metrics
 from vitrail.serve.refusals import Refusal
 
@@ -28,8 +28,8 @@ PAGE_TYPES = {"html": "text/html", "css": "text/css", "js": "text/javascript", "
 PAGE_NAME = re.compile(r"[a-z][a-z0-9-]{0,40}\.(html|css|js|svg)")
 
 
-def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, ...] = ()) -> Gate:
-    """The application of a house, behind its gate."""
+def make_app(backend: Backend, metrics: Metrics, token: str = "", hosts: tuple[str, ...] = ()) -> Gate:
+    """The application over a backend, behind its gate."""
     app = FastAPI(
         title="vitrail",
         version=vitrail.__version__,
@@ -38,36 +38,36 @@ def make_app(house: House, metrics: Metrics, token: str = "", hosts: tuple[str, 
         redoc_url=None,
         redirect_slashes=False,
     )
-    desk = Desk(house)
+    handlers = Handlers(backend)
     app.add_exception_handler(Refusal, _refused)
     app.add_exception_handler(Exception, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(RequestValidationError, _invalid)
     add = app.add_api_route
-    add("/health", desk.ready, response_class=Response, include_in_schema=False)  # where many look first
-    add("/health/live", desk.live, response_class=Response, **schema.LIVE)
-    add("/health/ready", desk.ready, response_class=Response, **schema.READY)
+    add("/health", handlers.ready, response_class=Response, include_in_schema=False)  # where many look first
+    add("/health/live", handlers.live, response_class=Response, **schema.LIVE)
+    add("/health/ready", handlers.ready, response_class=Response, **schema.READY)
     add(
         "/metrics", lambda: Response(metrics.text(), media_type="text/plain; version=0.0.4"), **schema.METRICS
     )
-    add("/models", desk.models, response_class=Response, **schema.MODELS)
-    add("/predict", desk.predict, methods=["POST"], response_class=Response, **schema.PREDICT)
-    if house.run.explain:
-        add("/explain", desk.explain, methods=["POST"], response_class=Response, **schema.EXPLAIN)
-        add("/story", desk.story, methods=["POST"], response_class=Response, **schema.STORY)
-    infer.add_routes(app, desk)
-    if house.run.page:
+    add("/models", handlers.models, response_class=Response, **schema.MODELS)
+    add("/predict", handlers.predict, methods=["POST"], response_class=Response, **schema.PREDICT)
+    if backend.run.explain:
+        add("/explain", handlers.explain, methods=["POST"], response_class=Response, **schema.EXPLAIN)
+        add("/story", handlers.story, methods=["POST"], response_class=Response, **schema.STORY)
+    infer.add_routes(app, handlers)
+    if backend.run.page:
         add("/", lambda: _static("index.html"), include_in_schema=False)
     add("/page/{name}", _static, include_in_schema=False)
     add("/docs", lambda: _static("docs.html"), include_in_schema=False)
-    return Gate(app, metrics, token, hosts, lambda: house.draining, desk.early)
+    return Gate(app, metrics, token, hosts, lambda: backend.draining, handlers.early)
 
 
-class Desk:
-    """What the routes do, over one house."""
+class Handlers:
+    """What the routes do."""
 
-    def __init__(self, house: House) -> None:
-        self.house = house
+    def __init__(self, backend: Backend) -> None:
+        self.backend = backend
 
     def early(self, scope: MutableMapping[str, Any]) -> None:
         """Refuse the commonest request before anything is done for it. Raises Refusal."""
@@ -77,28 +77,30 @@ class Desk:
             and b"model" not in scope["query_string"]
         ):
             scope["state"]["route"] = "/predict"
-            declared = body.declared_length(scope["state"]["headers"], self.house.run.body_megabytes * 2**20)
-            self.house.place(None).admission.room(1, declared or 0)
+            declared = body.declared_length(
+                scope["state"]["headers"], self.backend.run.body_megabytes * 2**20
+            )
+            self.backend.slot(None).admission.room(1, declared or 0)
 
     async def live(self) -> Response:
         """Whether the process makes progress."""
-        if not self.house.alive():
+        if not self.backend.alive():
             raise Refusal("not_ready", retry_after=5)
         return answer({"live": True})
 
     async def ready(self) -> Response:
         """Whether requests are taken: every model is loaded and warm, and the service is not stopping."""
-        if self.house.draining or not self.house.ready:
-            raise Refusal("draining" if self.house.draining else "not_ready", retry_after=5)
+        if self.backend.draining or not self.backend.ready:
+            raise Refusal("draining" if self.backend.draining else "not_ready", retry_after=5)
         return answer({"ready": True})
 
     async def models(self) -> Response:
         """The models that answer, and how many pictures are with each."""
         about = [
-            {**place.version.served.about(), "inside": place.admission.images}
-            for place in self.house.places.values()
+            {**slot.version.served.about(), "inside": slot.admission.images}
+            for slot in self.backend.slots.values()
         ]
-        return answer({"models": about, "explain": self.house.run.explain})
+        return answer({"models": about, "explain": self.backend.run.explain})
 
     async def predict(self, request: Request) -> Response:
         """What is in the pictures of a request."""
@@ -119,7 +121,7 @@ class Desk:
             results = []
             for (name, _), row in zip(pictures, found, strict=True):
                 outcome = row.code if isinstance(row, Refusal) else "answered"
-                self.house.metrics.images.labels(served.name, outcome).inc()
+                self.backend.metrics.images.labels(served.name, outcome).inc()
                 results.append(next(records) if _is_row(row) else failed(served, name, row))
             if not good:
                 raise next(row for row in found if isinstance(row, Refusal))
@@ -130,7 +132,7 @@ class Desk:
     async def explain(self, request: Request) -> Response:
         """Where the model looked, by one method and for one class."""
         query = request.query_params
-        wish = Wish(
+        asked = ExplainRequest(
             method=word(query, "method") or "auto",
             target=target(query),
             score=flag(query, "score"),
@@ -140,7 +142,7 @@ class Desk:
         async def work(version: Version, pictures: list[tuple[str, bytes]]) -> dict[str, Any]:
             seen = await self.seen(version, pictures[0], self.deadline(query))
             try:
-                found = await self.house.explain(lambda: version.served.explain(seen, wish))
+                found = await self.backend.explain(lambda: version.served.explain(seen, asked))
             except UserError:
                 raise Refusal("cannot_explain") from None
             return {**found, "model": version.served.name, "version": version.served.version}
@@ -155,7 +157,7 @@ class Desk:
         async def work(version: Version, pictures: list[tuple[str, bytes]]) -> dict[str, Any]:
             seen = await self.seen(version, pictures[0], self.deadline(query))
             try:
-                found: dict[str, Any] = await self.house.explain(lambda: version.served.story(seen, top_k))
+                found: dict[str, Any] = await self.backend.explain(lambda: version.served.story(seen, top_k))
             except UserError:
                 raise Refusal("cannot_explain") from None
             return found
@@ -164,7 +166,7 @@ class Desk:
 
     def deadline(self, query: Mapping[str, str]) -> float:
         """When the request's time is up, by the monotonic clock; clients may shorten it."""
-        most = self.house.run.deadline
+        most = self.backend.run.deadline
         wanted = number(query, "deadline_ms", round(1000 * most), 1, 10**9)
         return time.monotonic() + min(most, wanted / 1000)
 
@@ -176,22 +178,22 @@ class Desk:
     ) -> Response:
         """Let a request in, read its pictures, and answer with what `work` makes of them."""
         headers = request.scope["state"]["headers"]
-        place = self.house.place(request.query_params.get("model"))
-        largest = self.house.run.body_megabytes * 2**20
+        slot = self.backend.slot(request.query_params.get("model"))
+        largest = self.backend.run.body_megabytes * 2**20
         declared = body.declared_length(headers, largest)
-        ticket = place.admission.enter(1, declared or 0)
+        ticket = slot.admission.enter(1, declared or 0)
         state = request.scope["state"]
-        state.update(admitted=True, model=place.name)
-        self.house.metrics.admitted.inc()
+        state.update(admitted=True, model=slot.name)
+        self.backend.metrics.admitted.inc()
         try:
             data = await body.read(request.receive, largest, declared, ticket)
             pictures = await self.pictures_in(headers, data, ticket)
-            if len(pictures) > min(most or settings.MOST_PARTS, place.admission.most_images):
+            if len(pictures) > min(most or settings.MOST_PARTS, slot.admission.most_images):
                 raise Refusal("too_many_pictures")
             size = max(len(data), sum(len(picture) for _, picture in pictures))
             ticket.resize(len(pictures), size)
             state.update(images=len(pictures), bytes=size)
-            with place.version as version:
+            with slot.version as version:
                 state.update(version=version.served.version)
                 found = await body.unless_left(request.receive, work(version, pictures))
                 return answer(found, version)
@@ -202,14 +204,14 @@ class Desk:
         self, headers: Mapping[str, str], data: bytes, ticket: Ticket
     ) -> list[tuple[str, bytes]]:
         """Names and bytes of the pictures of a request, those fetched for it among them."""
-        fetcher = self.house.fetcher
+        fetcher = self.backend.fetcher
         if body.media_type(headers)[0] != "application/json" or body.looks_like_picture(data):
             return pictures_in(headers, data)
         urls = urls_in(data)
         if not fetcher.allowed:
             raise Refusal("not_fetching")
         ticket.resize(len(urls), len(data))
-        most = self.house.run.body_megabytes * 2**20
+        most = self.backend.run.body_megabytes * 2**20
         found: list[tuple[str, bytes]] = []
         held = 0
 
@@ -225,7 +227,7 @@ class Desk:
                     found.append((body.plain_name(url), picture))
         except TimeoutError:
             raise Refusal("not_fetched") from None
-        self.house.metrics.heard("fetch", time.monotonic() - begun)
+        self.backend.metrics.observe("fetch", time.monotonic() - begun)
         return found
 
     async def look(self, version: Version, pictures: list[tuple[str, bytes]], deadline: float) -> list[Any]:
@@ -256,7 +258,7 @@ class Desk:
             raise Refusal("no_picture")
         if not body.looks_like_picture(data):
             raise Refusal("wrong_format")
-        return await self.house.decoders.decode(
+        return await self.backend.decoders.decode(
             data, version.served.preprocessing, name=name, deadline=deadline, shown=shown
         )
 

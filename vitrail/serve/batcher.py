@@ -143,11 +143,11 @@ class Batcher:
     Args:
         served: the model.
         engine: where it computes.
-        heard: called with a stage and its seconds, and with "batch" and the number of pictures.
+        observe: called with a stage and its seconds, and with "batch" and the number of pictures.
     """
 
-    def __init__(self, served: Served, engine: Engine, heard: Callable[[str, float], None]) -> None:
-        self.served, self.engine, self.heard = served, engine, heard
+    def __init__(self, served: Served, engine: Engine, observe: Callable[[str, float], None]) -> None:
+        self.served, self.engine, self.observe = served, engine, observe
         self.sizes = sorted(served.warmth.sizes, reverse=True)
         self.waiting: deque[Waiting] = deque()
         self.work = asyncio.Event()
@@ -221,10 +221,10 @@ class Batcher:
             return
         results, begun, spent = found
         for item in batch:
-            self.heard("queue", begun - item.since)
+            self.observe("queue", begun - item.since)
         self.pace += 0.25 * (spent / len(batch) / abreast - self.pace)
-        self.heard("infer", spent)
-        self.heard("batch", len(batch))
+        self.observe("infer", spent)
+        self.observe("batch", len(batch))
         for item, result in zip(batch, results, strict=True):
             if not item.done.done():
                 item.done.set_result(result)

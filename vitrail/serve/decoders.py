@@ -56,11 +56,11 @@ class Decoders:
     Args:
         count: processes.
         bounds: what each may use.
-        heard: called with a stage and its seconds, for the metrics; with "restart" when a process was replaced.
+        observe: called with a stage and its seconds, for the metrics; with "restart" when a process was replaced.
     """
 
-    def __init__(self, count: int, bounds: Bounds, heard: Callable[[str, float], None]) -> None:
-        self.count, self.bounds, self.heard = count, bounds, heard
+    def __init__(self, count: int, bounds: Bounds, observe: Callable[[str, float], None]) -> None:
+        self.count, self.bounds, self.observe = count, bounds, observe
         methods = multiprocessing.get_all_start_methods()
         self.context: Any = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
         self.waiting: deque[Job] = deque()
@@ -137,7 +137,7 @@ class Decoders:
                 self.processes.pop(place, None)
                 writer.close()
                 _kill(process)
-            self.heard("restart", 0.0)
+            self.observe("restart", 0.0)
             useful = decoded or time.monotonic() - since > SLOWEST_RESTART
             pause = 0.0 if useful else min(SLOWEST_RESTART, 2 * pause + 0.1)
             logger.warning("decoder %d ended (%s); a new one follows.", process.pid, process.exitcode)
@@ -159,7 +159,7 @@ class Decoders:
         if job is None:
             return False
         begun = time.monotonic()
-        self.heard("queue", begun - job.waiting_since)
+        self.observe("queue", begun - job.waiting_since)
         try:
             async with asyncio.timeout(self.bounds.seconds + SLACK_SECONDS):
                 text = json.dumps(job.order).encode()
@@ -181,7 +181,7 @@ class Decoders:
             raise
         spent = time.monotonic() - begun
         self.pace += 0.25 * (spent / self.count - self.pace)
-        self.heard("decode", spent)
+        self.observe("decode", spent)
         _settle(job, seen)
         return True
 

@@ -119,7 +119,7 @@ class Gate:
         # HEAD is answered as GET; the protocol leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
-        async def heard() -> Message:
+        async def checked() -> Message:
             message = await receive()
             if state.get("broken"):
                 raise Refusal("bad_request")
@@ -128,9 +128,9 @@ class Gate:
         try:
             self._check(scope["path"], headers)
             self.early(inner)
-            await self.app(inner, heard, answer.send)
+            await self.app(inner, checked, answer.send)
         except Refusal as refusal:
-            await refuse(heard, answer.send, refusal, state)
+            await refuse(checked, answer.send, refusal, state)
         except Left:
             answer.left = True
         except asyncio.CancelledError:  # the drain's time is up
@@ -139,7 +139,7 @@ class Gate:
         except Exception:  # a request may fail, the service may not
             logger.exception("request %s failed", identity)
             if not answer.status:
-                await refuse(heard, answer.send, Refusal("failed"), state)
+                await refuse(checked, answer.send, Refusal("failed"), state)
         finally:
             self._count(scope["method"], inner, state, answer)
 

@@ -14,7 +14,7 @@ import binascii
 import json
 import struct
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -22,22 +22,25 @@ from fastapi import FastAPI, Request, Response
 import vitrail
 from vitrail.jobs.serve import Seen, Served
 from vitrail.serve import body, schema, settings
-from vitrail.serve.house import Place, Version
+from vitrail.serve.backend import Slot, Version
 from vitrail.serve.refusals import Refusal
+
+if TYPE_CHECKING:
+    from vitrail.serve.app import Handlers
 
 OUTPUTS = {"logits": "FP32", "probabilities": "FP32", "index": "INT64", "label": "BYTES"}
 DENSE_OUTPUTS = {"records": "BYTES"}
 LENGTH_HEADER = "inference-header-content-length"
 
 
-def add_routes(app: FastAPI, desk: Any) -> None:
-    """Add the protocol's routes to an app; `desk` is app.Desk."""
-    routes = Routes(desk)
+def add_routes(app: FastAPI, handlers: Handlers) -> None:
+    """Add the protocol's routes to an app."""
+    routes = Routes(handlers)
     add = app.add_api_route
     tell = schema.protocol
     add("/v2", routes.server, response_class=Response, **tell("v2_server", "The server"))
-    add("/v2/health/live", desk.live, response_class=Response, **tell("v2_live", "Live"))
-    add("/v2/health/ready", desk.ready, response_class=Response, **tell("v2_ready", "Ready"))
+    add("/v2/health/live", handlers.live, response_class=Response, **tell("v2_live", "Live"))
+    add("/v2/health/ready", handlers.ready, response_class=Response, **tell("v2_ready", "Ready"))
     for tail, name in (("", ""), ("/versions/{version}", "_version")):
         at = "/v2/models/{name}" + tail
         add(at, routes.metadata, response_class=Response, **tell(f"v2_metadata{name}", "A model's tensors"))
@@ -59,8 +62,8 @@ def add_routes(app: FastAPI, desk: Any) -> None:
 class Routes:
     """What the protocol's routes do."""
 
-    def __init__(self, desk: Any) -> None:
-        self.desk = desk
+    def __init__(self, handlers: Handlers) -> None:
+        self.handlers = handlers
 
     async def server(self) -> Response:
         """Name and extensions."""
@@ -70,12 +73,12 @@ class Routes:
 
     async def ready(self, name: str, version: str = "") -> Response:
         """Whether a model answers."""
-        self._place(name, version)
+        self._slot(name, version)
         return _answer({"name": name, "ready": True})
 
     async def metadata(self, name: str, version: str = "") -> Response:
         """Names, types and shapes of a model's tensors."""
-        served = self._place(name, version).version.served
+        served = self._slot(name, version).version.served
         classes = len(served.labels)
         shapes = {
             "records": [-1],
@@ -102,40 +105,40 @@ class Routes:
 
     async def infer(self, request: Request, name: str, version: str = "") -> Response:
         """Answers for one tensor of pictures or pixels."""
-        place = self._place(name, version)
+        slot = self._slot(name, version)
         state = request.scope["state"]
         headers = state["headers"]
-        house = self.desk.house
-        most = house.run.body_megabytes * 2**20
+        backend = self.handlers.backend
+        most = backend.run.body_megabytes * 2**20
         declared = body.declared_length(headers, most)
-        ticket = place.admission.enter(1, declared or 0)
+        ticket = slot.admission.enter(1, declared or 0)
         state.update(admitted=True, model=name)
-        house.metrics.admitted.inc()
+        backend.metrics.admitted.inc()
         try:
             data = await body.read(request.receive, most, declared, ticket)
             order, binary = _split(headers, data)
-            with place.version as current:
+            with slot.version as current:
                 batch = _batch(order, binary, current.served)
                 ticket.resize(len(batch), len(data))
                 state.update(images=len(batch), bytes=len(data), version=current.served.version)
-                deadline = time.monotonic() + _timeout(order, house.run.deadline)
+                deadline = time.monotonic() + _timeout(order, backend.run.deadline)
                 found = await body.unless_left(request.receive, self._computed(current, batch, deadline))
-                house.metrics.images.labels(name, "answered").inc(len(batch))
+                backend.metrics.images.labels(name, "answered").inc(len(batch))
                 return _outputs(order, current.served, found)
         finally:
             ticket.release()
 
-    def _place(self, name: str, version: str) -> Place:
-        place: Place = self.desk.house.place(name)
-        if version and version != place.version.served.version:
+    def _slot(self, name: str, version: str) -> Slot:
+        slot = self.handlers.backend.slot(name)
+        if version and version != slot.version.served.version:
             raise Refusal("no_such_model")
-        return place
+        return slot
 
     async def _computed(
         self, version: Version, batch: list[bytes] | np.ndarray[Any, Any], deadline: float
     ) -> list[Any]:
         if isinstance(batch, list):
-            found = await self.desk.look(version, [("image", data) for data in batch], deadline)
+            found = await self.handlers.look(version, [("image", data) for data in batch], deadline)
         else:
             size = (batch.shape[2], batch.shape[3])
             try:
@@ -225,15 +228,15 @@ def _batch(order: dict[str, Any], binary: bytes, served: Served) -> list[bytes] 
 
 def _binary_bytes(data: bytes) -> list[bytes]:
     """Elements of a BYTES tensor: each behind its length, four bytes, the least first."""
-    found, place = [], 0
-    while place < len(data):
-        if place + 4 > len(data):
+    found, offset = [], 0
+    while offset < len(data):
+        if offset + 4 > len(data):
             raise Refusal("bad_tensor")
-        (size,) = struct.unpack_from("<I", data, place)
-        if place + 4 + size > len(data):
+        (size,) = struct.unpack_from("<I", data, offset)
+        if offset + 4 + size > len(data):
             raise Refusal("bad_tensor")
-        found.append(data[place + 4 : place + 4 + size])
-        place += 4 + size
+        found.append(data[offset + 4 : offset + 4 + size])
+        offset += 4 + size
     return found
 
 

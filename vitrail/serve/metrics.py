@@ -66,7 +66,7 @@ class Metrics:
         )  # fmt: skip
         self.ready = Gauge("vitrail_ready", "1 while requests are taken", registry=self.registry)
 
-    def heard(self, stage: str, value: float) -> None:
+    def observe(self, stage: str, value: float) -> None:
         """What decoders and batchers report."""
         if stage == "restart":
             self.restarts.inc()

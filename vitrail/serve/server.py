@@ -20,8 +20,8 @@ from vitrail.jobs.serve import served_names
 from vitrail.runs import ServeRun
 from vitrail.serve import settings
 from vitrail.serve.app import make_app
+from vitrail.serve.backend import Backend
 from vitrail.serve.gate import LOOPBACK
-from vitrail.serve.house import House
 from vitrail.serve.metrics import Metrics
 from vitrail.serve.protocol import GuardedProtocol
 
@@ -44,7 +44,7 @@ def serve(run: ServeRun, ready: Callable[[str], None] = lambda url: None) -> int
     service = Service(run)
     with _one_log(), asyncio.Runner(loop_factory=_loop_factory()) as runner:
         code = runner.run(service.run_until_told(ready))
-        if service.house is not None and service.house.busy():
+        if service.backend is not None and service.backend.busy():
             # Python would wait for the thread, however long its batch, explanation or loading still takes.
             logger.warning("leaving while something is still computed that nobody waits for")
             _leave(code)
@@ -123,7 +123,7 @@ class Service:
         self.token = _token(run)
         self.listener = _listener(run)
         self.metrics = Metrics()
-        self.house: House | None = None
+        self.backend: Backend | None = None
         self.server: Server | None = None
         self.told = time.monotonic()
         """When the service was told to stop."""
@@ -138,16 +138,16 @@ class Service:
         self, ready: Callable[[str], None] = lambda url: None, signals: bool = True
     ) -> int:
         """Open the models, serve until `stop` is called, drain; the exit code. Raises what opening a model raises."""
-        house = self.house = House(self.run, self.folders, self.metrics)
-        server = self.server = self._server(house)
+        backend = self.backend = Backend(self.run, self.folders, self.metrics)
+        server = self.server = self._server(backend)
         if signals:
             loop = asyncio.get_running_loop()
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, self.stop)
-            loop.add_signal_handler(signal.SIGHUP, house.look.set)
+            loop.add_signal_handler(signal.SIGHUP, backend.look.set)
         url = self.url
         serving = asyncio.create_task(server.serve(sockets=[self.listener]))
-        opening = asyncio.create_task(house.open())
+        opening = asyncio.create_task(backend.open())
         try:
             await asyncio.wait({opening, serving}, return_when=asyncio.FIRST_COMPLETED)
             if opening.done():
@@ -159,26 +159,26 @@ class Service:
             opening.cancel()
             await asyncio.gather(opening, serving, return_exceptions=True)
             drained = time.monotonic()
-            await house.close()
+            await backend.close()
         return self._reckon(drained)
 
     def stop(self) -> None:
         """Take no more, answer what was accepted, end. The second time: end at once."""
-        assert self.house is not None and self.server is not None
-        if self.house.draining:
+        assert self.backend is not None and self.server is not None
+        if self.backend.draining:
             logger.warning("told twice: leaving at once")
-            self.house.discard()
+            self.backend.discard()
             _leave(1)
-        self.house.draining = True
+        self.backend.draining = True
         self.server.should_exit = True
         self.told = time.monotonic()
         logger.info("stopping: accepted requests are answered first")
 
-    def _server(self, house: House) -> Server:
+    def _server(self, backend: Backend) -> Server:
         loopback = self.run.host in LOCAL
         hosts = (*LOOPBACK, *self.run.allow_host) if loopback else self.run.allow_host
         config = uvicorn.Config(
-            make_app(house, self.metrics, self.token, tuple(name.lower() for name in hosts)),
+            make_app(backend, self.metrics, self.token, tuple(name.lower() for name in hosts)),
             http=GuardedProtocol,
             ws="none",
             lifespan="off",

@@ -54,26 +54,26 @@ class Version:
             self.idle.set()
 
 
-class Place:
-    """One name that requests use, and what answers to it now."""
+class Slot:
+    """One name that requests use, the version of the model that answers to it now, and its admission control."""
 
-    def __init__(self, name: str, folder: str, version: Version, house: House) -> None:
+    def __init__(self, name: str, folder: str, version: Version, backend: Backend) -> None:
         self.name, self.folder, self.version = name, folder, version
         self.refused = ""
         """The stamp of a folder that could not be taken over, so that it is tried once and not for ever."""
-        run = house.run
+        run = backend.run
         self.admission = Admission(
             run.queue_images,
             run.queue_megabytes * 2**20,
-            lambda: self.version.batcher.pace + house.decoders.pace,
+            lambda: self.version.batcher.pace + backend.decoders.pace,
             PATIENCE * run.deadline,
         )
-        inside, size = house.metrics.inside, house.metrics.inside_bytes
+        inside, size = backend.metrics.inside, backend.metrics.inside_bytes
         inside.labels(name).set_function(lambda: self.admission.images)
         size.labels(name).set_function(lambda: self.admission.bytes)
 
 
-class House:
+class Backend:
     """Everything that lives while the service runs.
 
     Args:
@@ -84,7 +84,7 @@ class House:
 
     def __init__(self, run: ServeRun, folders: Mapping[str, str], metrics: Metrics) -> None:
         self.run, self.folders, self.metrics = run, folders, metrics
-        self.places: dict[str, Place] = {}
+        self.slots: dict[str, Slot] = {}
         lanes, cores = shares(run.device)
         self.engine = Engine(lanes, cores)
         # A new thread takes as many cores as were last set anywhere, so each is told its own number.
@@ -103,14 +103,14 @@ class House:
             megabytes=run.decoder_megabytes, seconds=run.decode_seconds, pixels=round(run.megapixels * 1e6)
         )
         self.fetcher = Fetcher(run.fetch_from)
-        self.decoders = Decoders(run.decoders or _cores(), bounds, metrics.heard)
+        self.decoders = Decoders(run.decoders or _cores(), bounds, metrics.observe)
 
     async def open(self) -> None:
         """Start the decoders, load and warm every model; ready afterwards. Raises what opening a model raises."""
         await self.decoders.start()
         for name, folder in self.folders.items():
             served = await self._load(name, folder, self.run.engine)
-            self.places[name] = Place(name, folder, self._version(served), self)
+            self.slots[name] = Slot(name, folder, self._version(served), self)
         _settle()
         self.ready = True
         self.metrics.ready.set_function(lambda: float(self.ready and not self.draining))
@@ -121,8 +121,8 @@ class House:
         for task in [*self.tasks, *self.retiring]:
             task.cancel()
         await asyncio.gather(*self.tasks, *self.retiring, return_exceptions=True)
-        for place in self.places.values():
-            await place.version.batcher.close()
+        for slot in self.slots.values():
+            await slot.version.batcher.close()
         await self.decoders.close()
         self.engine.close()
         for executor in (self.loader, self.explainer):
@@ -138,17 +138,17 @@ class House:
         """Whether a thread is at something, be it that nobody waits for it any more."""
         return self.engine.computes() or bool(self.explanations or self.loads)
 
-    def place(self, name: str | None) -> Place:
+    def slot(self, name: str | None) -> Slot:
         """The model that a request means; the only or the first one where it names none. Raises Refusal."""
         if self.draining:
             raise Refusal("draining", retry_after=5)
         if not self.ready:
             raise Refusal("not_ready", retry_after=5)
         if not name:
-            return next(iter(self.places.values()))
-        if name not in self.places:
+            return next(iter(self.slots.values()))
+        if name not in self.slots:
             raise Refusal("no_such_model")
-        return self.places[name]
+        return self.slots[name]
 
     def alive(self) -> bool:
         """Whether progress is possible."""
@@ -161,7 +161,7 @@ class House:
         return await _known_in(self.explanations, self.explainer.submit(call))
 
     def _version(self, served: Served) -> Version:
-        return Version(served, Batcher(served, self.engine, self.metrics.heard))
+        return Version(served, Batcher(served, self.engine, self.metrics.observe))
 
     async def _load(self, name: str, folder: str, engine: str) -> Served:
         run = self.run
@@ -201,29 +201,29 @@ class House:
                 await asyncio.wait_for(self.look.wait(), self.run.watch or None)
             told = self.look.is_set()
             self.look.clear()
-            for place in list(self.places.values()):
-                now = await asyncio.to_thread(stamp, place.folder)
+            for slot in list(self.slots.values()):
+                now = await asyncio.to_thread(stamp, slot.folder)
                 # A folder that is being written changes from one look to the next.
-                settled = told or seen.get(place.name) == now
-                seen[place.name] = now
-                known = (place.version.served.stamp, *(() if told else (place.refused,)))
+                settled = told or seen.get(slot.name) == now
+                seen[slot.name] = now
+                known = (slot.version.served.stamp, *(() if told else (slot.refused,)))
                 if now and settled and now not in known:
-                    await self._swap(place, now)
+                    await self._swap(slot, now)
 
-    async def _swap(self, place: Place, now: str) -> None:
-        """Put the folder's new model in the old one's place; what is wrong with it leaves the old one there."""
+    async def _swap(self, slot: Slot, now: str) -> None:
+        """Put the folder's new model in the old one's slot; what is wrong with it leaves the old one there."""
         # Under load no engine is measured: it stays with the one that was found at the start.
-        engine = place.version.served.predictor.engine.name if self.run.engine == "auto" else self.run.engine
+        engine = slot.version.served.predictor.engine.name if self.run.engine == "auto" else self.run.engine
         try:
-            served = await self._load(place.name, place.folder, engine)
+            served = await self._load(slot.name, slot.folder, engine)
         except (VitrailError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
-            place.refused = now
-            self.metrics.swaps.labels(place.name, "refused").inc()
-            logger.error("%s stays as it is: its folder changed, and was refused: %s", place.name, error)
+            slot.refused = now
+            self.metrics.swaps.labels(slot.name, "refused").inc()
+            logger.error("%s stays as it is: its folder changed, and was refused: %s", slot.name, error)
             return
-        old, place.version = place.version, self._version(served)
-        self.metrics.swaps.labels(place.name, "taken").inc()
-        logger.info("%s: version %s follows %s", place.name, served.version, old.served.version)
+        old, slot.version = slot.version, self._version(served)
+        self.metrics.swaps.labels(slot.name, "taken").inc()
+        logger.info("%s: version %s follows %s", slot.name, served.version, old.served.version)
         task = asyncio.create_task(_retire(old))
         self.retiring.add(task)
         task.add_done_callback(self.retiring.discard)
