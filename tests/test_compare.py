@@ -12,7 +12,8 @@ import pytest
 
 from vitrail.errors import ConfigError, ModelError
 from vitrail.jobs import compare as jobs
-from vitrail.jobs.compare import Cell, Price, by_model, compare, exponents
+from vitrail.jobs.compare import compare
+from vitrail.jobs.compare_cells import Cell, Price, by_model, exponents
 from vitrail.jobs.compare_report import write_report
 from vitrail.jobs.models import count
 from vitrail.jobs.train import TrainResult

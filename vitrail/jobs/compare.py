@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vitrail.config import from_dict, to_dict
 from vitrail.data.dense import kinds_of
 from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError
 from vitrail.jobs.bench import bench
+from vitrail.jobs.compare_cells import EPOCHS, Cell, Price
+from vitrail.jobs.compare_report import write_report
 from vitrail.jobs.dense_data import task_of
 from vitrail.jobs.models import count
 from vitrail.jobs.train import TrainResult, train
@@ -55,9 +55,6 @@ DENSE = {
 }
 """The same for boxes and masks, by the kind of the data."""
 
-EPOCHS = 5
-"""Passes over the data where no budget was given."""
-
 SIZED = (
     "vit_tiny_patch16_224",
     "pvt_tiny",
@@ -67,45 +64,6 @@ SIZED = (
     "performer_tiny_patch16_224",
 )
 """Networks whose cost grows in different ways with the picture."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One training: a model, a share of the pictures, a seed, and what came of it."""
-
-    model: str
-    share: float
-    seed: int
-    acc1: float
-    """Top-1 (AP of boxes, mIoU of masks) on the test split where the data has one, else on val; a share of 1."""
-    split: str
-    steps: int
-    seconds: float
-    """Training alone, without start-up."""
-    images_per_second: float
-    parameters: int
-    multiply_adds: int
-    score: str = "acc1"
-    """Name of the score that `acc1` holds."""
-
-    @property
-    def key(self) -> tuple[str, float, int]:
-        return self.model, self.share, self.seed
-
-
-@dataclass(frozen=True, kw_only=True)
-class Price:
-    """One network at one picture size."""
-
-    model: str
-    size: int
-    seconds: float
-    """Of one picture through the network, the fastest of the rounds."""
-    memory: int
-    """Bytes that building the network and running it added to a process."""
-    multiply_adds: int
-    device: str = ""
-    """Where it was measured, such as cpu or cuda:0; empty where nobody wrote it down."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,12 +88,13 @@ def compare(run: CompareRun, reporter: Reporter | None = None) -> Comparison:
     folder.mkdir(parents=True, exist_ok=True)
     if run.part != "cost":
         claim(run, folder)
-    say: Callable[[str], None] = lambda text: reporter(Note(text=text)) if reporter is not None else None  # noqa: E731
+
+    def say(text: str) -> None:
+        if reporter is not None:
+            reporter(Note(text=text))
+
     cells = list(_cells(run, folder, say, reporter)) if run.part != "cost" else []
     prices = list(_prices(run, folder, say)) if run.part != "accuracy" else []
-
-    from vitrail.jobs.compare_report import write_report
-
     report = write_report(folder, cells, prices, run)
     return Comparison(folder=folder, cells=tuple(cells), prices=tuple(prices), report=report)
 
@@ -340,42 +299,6 @@ def _prices(run: CompareRun, folder: Path, say: Callable[[str], None]) -> Iterat
                 )
                 _append(folder / "prices.jsonl", kept[name, size])
             yield kept[name, size]
-
-
-Quantity = Literal["seconds", "memory", "multiply_adds"]
-
-
-def exponents(prices: list[Price], quantity: Quantity) -> dict[str, float]:
-    """The power of the number of tokens by which a quantity grows between the two largest sizes, by model.
-
-    Tokens go with the area of the picture. At small sizes the linear layers, whose cost is linear in tokens,
-    hide what attention does; the largest pair shows most of it.
-    """
-    found: dict[str, float] = {}
-    for name in dict.fromkeys(price.model for price in prices):
-        own = sorted((price for price in prices if price.model == name), key=lambda price: price.size)
-        if len(own) >= 2:
-            small, large = own[-2:]
-            ratio = getattr(large, quantity) / getattr(small, quantity)
-            found[name] = math.log(ratio) / (2 * math.log(large.size / small.size))
-    return found
-
-
-def by_model(cells: list[Cell], share: float) -> dict[str, tuple[float, float, Cell]]:
-    """Mean accuracy, its spread over seeds (standard deviation) and one cell, by model, best first."""
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        if cell.share == share:
-            found.setdefault(cell.model, []).append(cell)
-    rows = {
-        name: (
-            statistics.mean(cell.acc1 for cell in group),
-            statistics.stdev(cell.acc1 for cell in group) if len(group) > 1 else 0.0,
-            group[0],
-        )
-        for name, group in found.items()
-    }
-    return dict(sorted(rows.items(), key=lambda item: -item[1][0]))
 
 
 def _read(path: Path, kind: Any) -> Iterator[Any]:

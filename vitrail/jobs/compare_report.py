@@ -11,7 +11,7 @@ from typing import Any
 
 from vitrail.config import to_dict
 from vitrail.disk import write_atomically
-from vitrail.jobs.compare import Cell, Price, Quantity, by_model, exponents
+from vitrail.jobs.compare_cells import EPOCHS, Cell, Price, Quantity, by_model, exponents
 from vitrail.jobs.models import RULE
 from vitrail.runs import CompareRun
 from vitrail.tasks.draw import png_of
@@ -62,7 +62,9 @@ QUANTITIES: dict[Quantity, str] = {
 def _budget(run: CompareRun) -> str:
     if run.part == "cost":
         return "Cost of one picture at growing sizes."
-    budget = f"{run.minutes:g} minutes each" if run.minutes is not None else f"{run.epochs or 5} epochs each"
+    budget = (
+        f"{run.minutes:g} minutes each" if run.minutes is not None else f"{run.epochs or EPOCHS} epochs each"
+    )
     return f"{' '.join(Path(path).name for path in run.data)}: {budget}, batch {run.batch_size}, seeds {run.seeds}."
 
 
