@@ -38,10 +38,7 @@ VERSIONS = 64
 
 @dataclass(kw_only=True)
 class Runtime:
-    """Device, precision and processes of one run.
-
-    `network` is what `prepare` was given, unwrapped; `rank` counts from 0 to `world` - 1.
-    """
+    """Device, precision and processes of one run; `rank` counts from 0 to `world` - 1."""
 
     device: torch.device
     precision: Precision = "fp32"

@@ -31,6 +31,7 @@ from vitrail.models import registry
 from vitrail.models.merging import merge_tokens
 from vitrail.runs import BenchRun
 from vitrail.runtime import Precision, Runtime, choose_device, choose_precision
+from vitrail.weights.folder import model_folder, on_disk
 
 logger = logging.getLogger(__name__)
 
@@ -167,10 +168,10 @@ def _in_timm(model: Any) -> bool:
 
 
 def _in_transformers(model: Any) -> bool:
-    from transformers import ViTForImageClassification
+    import transformers
 
     plain = model.family == "vit" and getattr(model.config, "stem", "") == "patch"
-    return plain and ViTForImageClassification is not None
+    return plain and hasattr(transformers, "ViTForImageClassification")
 
 
 def build(subject: Subject) -> nn.Module:
@@ -212,9 +213,7 @@ def _transformers_twin(config: Any) -> nn.Module:
 def _network(model: str, img_size: tuple[int, int] | None) -> Any:
     """A network by name, or that of a folder, with random weights: speed does not depend on them."""
     changes: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    from vitrail.weights.folder import find, model_folder
-
-    if find(model) is not None or Path(model).exists():
+    if on_disk(model):
         with torch.device("cpu"):
             kept = registry.from_pretrained(model_folder(model))
         return registry.from_config(str(kept.name), registry.changed(kept.config, **changes))
@@ -223,9 +222,7 @@ def _network(model: str, img_size: tuple[int, int] | None) -> Any:
 
 def _named(model: str) -> str:
     """The name of the network in a folder, or the name itself."""
-    from vitrail.weights.folder import find
-
-    return str(_network(model, None).name) if find(model) is not None or Path(model).exists() else model
+    return str(_network(model, None).name) if on_disk(model) else model
 
 
 def _size(given: tuple[int, ...]) -> tuple[int, int] | None:
@@ -236,10 +233,10 @@ def _size(given: tuple[int, ...]) -> tuple[int, int] | None:
 
 def _round(subject: Subject, mode: Mode) -> Callable[[], object]:
     """One round of a contender: a forward pass, or a whole training step."""
-    model = build(subject)
+    model: Any = build(subject)
     device = torch.device(subject.device)
     runtime = Runtime(device=device, precision=subject.precision)
-    channels = 3 if not subject.maker.startswith("vitrail") else int(model.config.in_chans)  # type: ignore[union-attr, arg-type]
+    channels = model.config.in_chans if subject.maker.startswith("vitrail") else 3
     images = torch.randn(subject.batch_size, channels, *subject.img_size, device=device)
     if mode == "inference":
         model.eval()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,14 +11,14 @@ from vitrail.engines import Engine, hurry
 from vitrail.errors import ModelError
 from vitrail.models.registry import create_model, from_pretrained, is_model
 from vitrail.runs import EvaluateRun, PredictRun
-from vitrail.weights.folder import find, model_folder
+from vitrail.weights.folder import model_folder, on_disk
 
 logger = logging.getLogger(__name__)
 
 
 def open_network(model: str) -> tuple[Any, str]:
     """The network, and what must be said of it aloud. Raises ModelError where the name means nothing."""
-    if find(model) is not None or Path(model).exists():
+    if on_disk(model):
         return from_pretrained(model_folder(model)), ""
     if not is_model(model):
         raise ModelError(

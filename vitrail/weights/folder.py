@@ -156,6 +156,11 @@ def find(folder: str | Path) -> Path | None:
     return inner if not (place / CONFIG).exists() and (inner / CONFIG).exists() else place
 
 
+def on_disk(name: str) -> bool:
+    """Whether a name means a folder, a file or a model that ships, rather than a network with random weights."""
+    return find(name) is not None or Path(name).exists()
+
+
 def readme(card: Card) -> str:
     """The card for people, with the front matter that model hubs read."""
     wanted = card.preprocessing
