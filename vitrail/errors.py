@@ -1,7 +1,7 @@
 """The exceptions that vitrail raises.
 
     VitrailError                anything that vitrail reports on purpose
-    ├── UserError               the caller can mend it; the command line exits with 2
+    ├── UserError               the caller can fix it; the command line exits with 2
     │   ├── ConfigError         an option, field or flag with a value that is not legal
     │   ├── ModelError          an unknown model, or a part that does not fit the model
     │   ├── WeightsError        a weight file that cannot be read, or does not fit
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 
 class VitrailError(Exception):
@@ -27,7 +28,7 @@ class VitrailError(Exception):
 
 
 class UserError(VitrailError):
-    """Something that the caller can mend."""
+    """Something that the caller can fix."""
 
     exit_code = 2
 
@@ -64,6 +65,15 @@ class ProofError(VitrailError):
     """A hand-over whose result lies outside its bounds."""
 
     exit_code = 3
+
+
+def require(*packages: str, extra: str) -> None:
+    """Raise ConfigError where packages are not installed, with the extra of vitrail that brings them."""
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} is not installed, and this needs it: pip install 'vitrail[{extra}]'."
+        )
 
 
 def suggestion(name: str, options: Iterable[str], count: int = 3) -> str:

@@ -2,7 +2,7 @@
 
 A command names its record and its job; nothing of either is imported before the command is chosen.
 Results go to stdout, progress and messages to stderr. Exit codes: 0 well, 1 something failed,
-2 the caller can mend it, 3 a hand-over outside its bounds, 130 interrupted.
+2 the caller can fix it, 3 a hand-over outside its bounds, 130 interrupted.
 """
 
 from __future__ import annotations

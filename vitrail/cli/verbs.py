@@ -171,7 +171,7 @@ def convert(run: ConvertRun) -> int:
 
 
 def data_check(run: DataCheckRun) -> int:
-    """What a data set holds, and what is wrong with it; 1 when there is something to mend."""
+    """What a data set holds, and what is wrong with it; 1 when there is something to fix."""
     from vitrail.jobs.data_check import data_check as job
 
     with show.messages() as handler, show.Counter("pictures", handler) as counter:

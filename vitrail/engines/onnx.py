@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from vitrail.engines.outside import classes_of, feed, needed, record
+from vitrail.errors import require
 from vitrail.export.label import KEY, Label, damaged
-from vitrail.export.onnx import require
 
 
 class OnnxEngine:

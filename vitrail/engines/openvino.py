@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vitrail.engines.outside import classes_of, feed, needed, record
+from vitrail.errors import require
 from vitrail.export.label import Label, damaged
-from vitrail.export.onnx import require
 from vitrail.export.openvino import MODEL, label_of
 from vitrail.runtime import has_bfloat16
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vitrail.errors import ConfigError
+from vitrail.errors import require
 from vitrail.export.label import KEY, Label
 from vitrail.export.program import Program
 
@@ -95,17 +95,13 @@ def description(program: Program, label: Label) -> str:
 
 
 def read_label(path: Path) -> Label:
-    """The label of a file. Raises WeightsError where there is none."""
-    return Label.from_text(read_properties(path).get(KEY, ""), str(path))
-
-
-def read_properties(path: Path) -> dict[str, str]:
-    """The metadata properties, read without the weights where onnx is not installed: through ONNX Runtime."""
+    """The label of a file. Raises WeightsError where there is none, ConfigError where onnx is not installed."""
     require("onnx", extra="onnx")
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
-    return {entry.key: entry.value for entry in model.metadata_props}
+    properties = {entry.key: entry.value for entry in model.metadata_props}
+    return Label.from_text(properties.get(KEY, ""), str(path))
 
 
 def relabel(path: Path, label: Label) -> None:
@@ -117,17 +113,6 @@ def relabel(path: Path, label: Label) -> None:
     del model.metadata_props[:]
     model.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value=label.to_text())])
     onnx.save(model, str(path))
-
-
-def require(*packages: str, extra: str) -> None:
-    """Raises ConfigError, with the extra that brings them, where packages are missing."""
-    from importlib.util import find_spec
-
-    missing = [package for package in packages if find_spec(package) is None]
-    if missing:
-        raise ConfigError(
-            f"{', '.join(missing)} is not installed, and this needs it: pip install 'vitrail[{extra}]'."
-        )
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vitrail.errors import require
 from vitrail.export.label import KEY, Label, damaged
-from vitrail.export.onnx import require
 
 MODEL = "model.xml"
 """The file of the graph; the weights are model.bin beside it."""

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vitrail.export.onnx import quiet, require
+from vitrail.errors import require
+from vitrail.export.onnx import quiet
 from vitrail.export.openvino import from_onnx
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.engines import ENGINES
-from vitrail.errors import ConfigError, DataError
-from vitrail.export.onnx import require
+from vitrail.errors import ConfigError, DataError, require
 from vitrail.jobs.opening import ready
 from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun

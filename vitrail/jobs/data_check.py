@@ -102,7 +102,7 @@ class DataReport:
 
     @property
     def problems(self) -> list[str]:
-        """What should be mended, one sentence each; empty for a sound data set."""
+        """What should be fixed, one sentence each; empty for a sound data set."""
         total = sum(self.pictures.values())
         said = [
             (self.unreadable, f"{len(self.unreadable)} of {total} pictures cannot be read."),

@@ -152,7 +152,7 @@ def _explained(
             ]  # fmt: skip
         except (ImageError, NothingThere, OSError) as error:
             if isinstance(error, NothingThere) and len(paths) == 1:
-                raise  # what was asked can be mended
+                raise  # the question can be fixed
             yield Explained(source=path, error=str(error))
             continue
         folder = Path(run.output) if run.output else Path("explain")

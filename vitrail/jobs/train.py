@@ -67,7 +67,7 @@ def train(run: TrainRun, reporter: Reporter | None = None) -> TrainResult:
     """Trains as a record says, and goes on where its run folder stands.
 
     Open fields of the record are chosen by `vitrail.jobs.plan`, and said through the reporter. Raises UserError
-    for what the caller can mend, TrainingError when the run cannot go on; its last checkpoint is then whole.
+    for what the caller can fix, TrainingError when the run cannot go on; its last checkpoint is then whole.
     """
     run = plans.with_recipe(run)
     _check(run)
