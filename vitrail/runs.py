@@ -57,7 +57,8 @@ class TrainRun:
     drop_path: float | None = None
     """Largest rate of stochastic depth, 0..1."""
     drop_path_subset: bool = False
-    """Stochastic depth by a fixed number of the batch's pictures, the others' branches not computed: quicker."""
+    """Stochastic depth that leaves out a fixed number of pictures of each batch and does not compute their branch
+    (DINOv2): faster."""
     patch_drop: float = 0.0
     """Share of each picture's patches that the last stage (a plain ViT has no other) goes without while training, 0 to
     below 1: quicker."""
@@ -101,11 +102,11 @@ class TrainRun:
     """Factor on the learning rate for everything before the head, such as 0.1 (DETR, SETR); 0.1 with ten times the rate
     is a head that learns ten times as fast."""
     sched: Literal["cosine", "linear", "poly", "constant", "rsqrt", "step"] | None = None
-    """Course of the learning rate after warm-up."""
+    """Schedule of the learning rate after warm-up."""
     warmup_epochs: float | None = None
     """Epochs of linear warm-up."""
     min_lr: float | None = None
-    """Learning rate at the end of the course."""
+    """Learning rate at the end of the schedule."""
     clip_grad: float | None = None
     """Largest norm of the gradient (0 = no clipping)."""
     loss: Literal["ce", "bce"] = "ce"
@@ -126,23 +127,23 @@ class TrainRun:
     """Smallest and largest share of the picture in a random resized crop; for boxes and masks the smallest and
     largest factor of its size."""
     hflip: float | None = None
-    """Probability of a left-right flip."""
+    """Probability of a left-right flip, 0..1."""
     aa: Literal["none", "rand", "trivial", "three"] | None = None
     """Augmentation policy: RandAugment, TrivialAugment, or 3-Augment (DeiT III)."""
     color_jitter: float | None = None
     """Strength of colour jitter, 0..1."""
     reprob: float | None = None
-    """Probability of random erasing."""
+    """Probability of random erasing, 0..1."""
     mixup: float | None = None
     """Alpha of mixup (0 = none)."""
     cutmix: float | None = None
     """Alpha of cutmix (0 = none)."""
     mix_off: float = 0.0
-    """Share of the run, at its end, in which nothing is mixed, 0..1."""
+    """Share of the run, at its end, without mixup and cutmix, 0..1."""
     aug_repeats: int = 1
     """Views of each image in an epoch (repeated augmentation)."""
 
-    # rhythm
+    # evaluation and checkpoints
     eval_every: float = 1.0
     """Epochs between evaluations."""
     save_every: float = 1.0
@@ -162,7 +163,7 @@ class TrainRun:
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto takes bf16 where the chip computes in it."""
+    """Number format; auto takes bf16 where the hardware has it."""
     compile: bool = False
     """Compile the network's blocks with torch.compile."""
     shard: bool = False
@@ -181,33 +182,41 @@ class EvaluateRun:
     """Model folder, run folder, or exported file."""
     data: tuple[str, ...]
     """Labelled images: folders, archives, a .csv, or the word digits."""
+
+    # data
     split: Literal["auto", "train", "val", "test"] = "auto"
     """Which part of the data; auto takes val, else test, else everything."""
     ignore: tuple[int, ...] = ()
     """Masks: values, besides 255, that are no class; by default as in the model's training."""
     reduce_zero: bool = False
     """Masks: 0 is no class, and 1 is the first; also where the model was trained so."""
+
+    # inference
     window: int = 0
     """Masks: bring a picture's short side to this, keep its shape, and slide the network's input size over it; 0
     squashes every picture to the input size."""
     knn: tuple[str, ...] = ()
-    """Labelled pictures whose nearest neighbours decide in place of the model's head, such as your training data."""
+    """Labelled pictures, such as the training data: their nearest neighbours classify, in place of the model's head."""
     knn_k: int = 20
-    """Neighbours that vote."""
+    """Number of neighbours that vote."""
+    merge_tokens: int = 0
+    """Plain ViTs: tokens merged into similar ones in every block (ToMe): faster, nearly the same answers (0 = none)."""
+
+    # result
     output: str | None = None
     """Folder for the report, the confusion matrix and the worst mistakes; by default in the model's run."""
     format: Format = "table"
     """How the result is printed."""
-    batch_size: int = 64
-    """Images in one batch; fewer where boxes or masks are found in large ones."""
+
+    # machine
+    engine: EngineName = "auto"
+    """Inference engine; auto takes the fastest that was measured on this machine, and says which."""
+    precision: EnginePrecision = "auto"
+    """Number format; auto takes bf16 where the hardware has it; int8 takes what export --int8 made."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    precision: EnginePrecision = "auto"
-    """auto takes bf16 where the chip computes in it; int8 takes what export --int8 made."""
-    engine: EngineName = "auto"
-    """What computes; auto takes the quickest that was measured here, and says so."""
-    merge_tokens: int = 0
-    """Plain ViTs: tokens that become one with others in every block; quicker, nearly the same answers."""
+    batch_size: int = 64
+    """Images in one batch; fewer where boxes or masks are found in large ones."""
     workers: int | None = None
     """Processes that load images."""
 
@@ -220,29 +229,35 @@ class PredictRun:
     """Model folder, run folder, or exported file."""
     images: tuple[str, ...]
     """Image files, folders of them, or patterns."""
+
+    # inference
     top_k: int = 5
     """Classes named for each image."""
+    threshold: float = 0.5
+    """Boxes: smallest score of a box in the result, 0..1."""
     window: int = 0
     """Masks: bring a picture's short side to this, keep its shape, and slide the network's input size over it; 0
     squashes every picture to the input size."""
-    threshold: float = 0.5
-    """Boxes: the smallest score that is told, 0..1."""
+    merge_tokens: int = 0
+    """Plain ViTs: tokens merged into similar ones in every block (ToMe): faster, nearly the same answers (0 = none)."""
+
+    # result
     draw: str | None = None
     """Boxes and masks: folder for drawings, and for masks as index PNGs; by default predictions."""
     format: Literal["table", "json", "jsonl", "csv", "coco"] = "table"
     """How the result is printed; coco is for boxes: COCO's json, each box with its score."""
     output: str | None = None
     """File for the result, instead of the terminal."""
-    batch_size: int = 32
-    """Images in one batch; fewer where boxes or masks are found in large ones."""
+
+    # machine
+    engine: EngineName = "auto"
+    """Inference engine; auto takes the fastest that was measured on this machine, and says which."""
+    precision: EnginePrecision = "auto"
+    """Number format; auto takes bf16 where the hardware has it; int8 takes what export --int8 made."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    precision: EnginePrecision = "auto"
-    """auto takes bf16 where the chip computes in it; int8 takes what export --int8 made."""
-    engine: EngineName = "auto"
-    """What computes; auto takes the quickest that was measured here, and says so."""
-    merge_tokens: int = 0
-    """Plain ViTs: tokens that become one with others in every block; quicker, nearly the same answers."""
+    batch_size: int = 32
+    """Images in one batch; fewer where boxes or masks are found in large ones."""
     workers: int | None = None
     """Threads that read images; with cluster, processes that predict (by default one for each core or GPU)."""
     cluster: bool = False
@@ -276,16 +291,16 @@ class ExplainRun:
     """Model folder, run folder, or the name of a network (random weights then)."""
     images: tuple[str, ...]
     """Image files, folders of them, or patterns; with --score also a whole data set."""
+
+    # question
     class_: str | None = None
     """Class to explain, by name or number; by default the predicted one."""
     box: int | None = None
-    """Detectors: which box, counted from the surest; with --class, of that class. By default the first, 0."""
+    """Detectors: which box, by falling score from 0; with --class, of that class. By default the first, 0."""
+
+    # method
     method: tuple[str, ...] = ()
     """auto, all, or names: attention rollout relevance gradcam integrated_gradients occlusion."""
-    score: bool = False
-    """Measure deletion and insertion, beside a random map and a map of the middle."""
-    samples: int = 100
-    """Pictures of a data set that are scored (0 = all)."""
     layer: int | None = None
     """Layer of attention or gradcam, from 0, or from the end: -1 is the last."""
     head: int | None = None
@@ -294,14 +309,24 @@ class ExplainRun:
     """Token whose attention is shown: class, distillation or a number."""
     steps: int = 32
     """Steps of integrated gradients."""
+
+    # faithfulness
+    score: bool = False
+    """Measure deletion and insertion of the map, beside those of a random map and of a map of the centre."""
+    samples: int = 100
+    """Pictures of a data set that are scored (0 = all)."""
+    seed: int = 0
+    """Seed of random maps and of the choice of samples."""
+
+    # result
     page: bool = True
     """Write a page on which every patch shows what it attends to."""
     output: str | None = None
     """Folder for the results; by default explain/IMAGE or explain/DATA."""
     format: Format = "table"
     """How the result is printed."""
-    seed: int = 0
-    """Seed of random maps and of the choice of samples."""
+
+    # machine
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
 
@@ -315,7 +340,7 @@ class InspectRun:
     images: tuple[str, ...] = ()
     """Pictures, folders or archives for the figures that need some; without them, only what the weights tell."""
     samples: int = 32
-    """Pictures that are looked at."""
+    """Most pictures that are used."""
     output: str | None = None
     """Folder for the figures; by default inspect/MODEL."""
     format: Format = "table"
@@ -350,24 +375,30 @@ class ExportRun:
 
     model: str
     """Model folder, or run folder."""
+
+    # file
     format: Literal["onnx", "openvino", "torch", "triton"] = "onnx"
     """onnx: one file. openvino: a folder. torch: a torch.export program. triton: a model repository."""
     output: str | None = None
     """File or folder to write; by default export/MODEL with the format's ending."""
-    data: tuple[str, ...] = ()
-    """Pictures for the proof, labelled or not; by default cuttings of two photographs that are always there."""
-    samples: int = 256
-    """Pictures of the data that the proof looks at (0 = all)."""
+    free_size: bool = True
+    """Leave height and width free where the network allows it; with fixed ones, engines optimise further."""
+
+    # quantisation
     int8: bool = False
     """Quantise to int8 after training, with --format openvino; needs pictures like those that the model will see."""
     calibrate: tuple[str, ...] = ()
     """Pictures for the calibration of int8, training pictures best."""
     calibration_samples: int = 300
-    """Pictures of them that are used."""
+    """Calibration pictures that are used."""
+
+    # proof
+    data: tuple[str, ...] = ()
+    """Pictures for the proof, labelled or not; by default crops of two photographs that come with scikit-learn."""
+    samples: int = 256
+    """Pictures of the data that are used (0 = all)."""
     report: Format = "table"
     """How the proof is printed."""
-    free_size: bool = True
-    """Leave height and width free where the network allows it; without, engines can compute more ahead."""
     seed: int = 0
     """Seed of the choice of pictures."""
 
@@ -428,24 +459,30 @@ class BenchRun:
 
     model: str
     """Name of a network, or a model folder."""
+
+    # measurement
     mode: Literal["both", "train", "inference"] = "both"
-    """What is measured."""
+    """Training steps, inference, or both."""
     batch_size: int = 16
     """Images in one batch."""
     img_size: tuple[int, ...] = ()
     """Image size in pixels: one number, or rows and columns; by default the network's own."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 where the chip computes in it."""
     peers: bool = False
     """Measure timm's and transformers' network of the same shape in the same run, in turns."""
     merge_tokens: int = 0
-    """Plain ViTs: measure inference with so many tokens merged in every block, too."""
+    """Plain ViTs: measure inference with so many tokens merged in every block (ToMe), too (0 = none)."""
     repeats: int = 10
     """Timed rounds; best and median are printed."""
+
+    # machine
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format; auto takes bf16 where the hardware has it."""
     compile: bool = False
     """Compile the networks with torch.compile."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
+
+    # result
     format: Format = "table"
     """How the result is printed."""
 
@@ -456,6 +493,8 @@ class CompareRun:
 
     data: tuple[str, ...] = ()
     """Training images: folders, archives, a .csv, or the word digits."""
+
+    # data
     val: tuple[str, ...] = ()
     """Validation images, where DATA has no val/ of its own."""
     classes: tuple[str, ...] = ()
@@ -464,10 +503,16 @@ class CompareRun:
     """Masks: values, besides 255, that are no class."""
     reduce_zero: bool = False
     """Masks: 0 is no class, and 1 is the first."""
-    models: tuple[str, ...] = ()
-    """Names of networks to train; by default our small one of every family."""
+
+    # comparison
     part: Literal["both", "accuracy", "cost"] = "both"
     """What is compared: accuracy on the data, cost against picture size, or both."""
+    output: str = "runs/compare"
+    """Folder for the trainings, the numbers and the report; a comparison that was stopped goes on there."""
+
+    # accuracy
+    models: tuple[str, ...] = ()
+    """Names of networks to train; by default our small one of every family."""
     epochs: int | None = None
     """Equal budget in passes over the data; by default 5."""
     minutes: float | None = None
@@ -484,18 +529,20 @@ class CompareRun:
     """Optimiser for all; by default as the plan chooses."""
     lr: float | None = None
     """Learning rate for all; by default as the plan chooses."""
+
+    # cost
     cost_models: tuple[str, ...] = ()
     """Networks whose cost is measured; by default one for each way of growing, with boxes and masks those trained."""
     sizes: tuple[int, ...] = (224, 384, 512, 768, 1024)
     """Picture sides at which cost is measured."""
     repeats: int = 3
     """Timed rounds at each size; the fastest counts."""
+
+    # machine
     workers: int | None = None
     """Processes that read images."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
-    output: str = "runs/compare"
-    """Folder for the trainings, the numbers and the report; a comparison that was stopped goes on there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,7 +560,7 @@ class ServeRun:
     models: tuple[str, ...]
     """Model folders, run folders or names of models that ship; NAME=FOLDER gives one a name."""
 
-    # where
+    # address and access
     host: str = "127.0.0.1"
     """Address to listen on; beyond this machine only with a token."""
     port: int = 8000
@@ -533,33 +580,33 @@ class ServeRun:
     deadline: float = 10.0
     """Seconds until a request is answered 504."""
     engine: EngineName = "auto"
-    """What computes; auto takes the quickest that was measured here, at the first start if it was not before."""
+    """Inference engine; auto takes the fastest on this machine, measured at the first start where it was not before."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1 or mps."""
     precision: Precision = "auto"
-    """auto takes bf16 where the chip computes in it."""
+    """Number format; auto takes bf16 where the hardware has it."""
     explain: bool = True
-    """Offer explanations and the story of a picture."""
+    """Answer /explain and /story: heat maps, and a picture's way through the network."""
     page: bool = True
-    """Offer the page."""
+    """Serve the page at /, on which pictures can be tried."""
 
     # bounds
     queue_images: int = 256
-    """Pictures of one model that are in work at once; more are refused with 503."""
+    """Most pictures of one model in work at once; more are refused with 503."""
     queue_megabytes: int = 256
-    """Megabytes of request bodies of one model that are in work at once."""
+    """Most megabytes of request bodies of one model in work at once; more are refused with 503."""
     body_megabytes: int = 32
-    """Megabytes of one request body."""
+    """Largest request body, in megabytes."""
     megapixels: float = 50.0
-    """Million pixels of one picture."""
+    """Largest picture, in millions of pixels."""
     decoders: int | None = None
     """Processes that decode pictures; by default one a core, at most 8."""
     decoder_megabytes: int = 1024
-    """Memory of one of them."""
+    """Most memory of one decoding process, in megabytes."""
     decode_seconds: float = 5.0
-    """CPU time for one picture."""
+    """Most CPU time for decoding one picture, in seconds."""
 
-    # rhythm
+    # reloading, stopping, logging
     watch: float = 1.0
     """Seconds between looks at the model folders; a folder that has changed is taken over (0 = at SIGHUP only)."""
     drain: float = 30.0
