@@ -36,9 +36,9 @@ import torch
 import vitrail
 from vitrail.data.sample import photographs
 from vitrail.data.transforms import Preprocess
+from vitrail.engines.graph_cache import GraphCache
 from vitrail.engines.onnx import OnnxEngine
 from vitrail.engines.openvino import OpenVinoEngine
-from vitrail.engines.prepare import Shelf
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.export.label import Label
 from vitrail.export.openvino import write_openvino
@@ -68,7 +68,7 @@ def engines_of(folder: Path, names: list[str], model: Any) -> dict[str, Any]:
     precisions = ["fp32", *(["bf16"] if has_bfloat16(torch.device("cpu")) else [])]
     reference = TorchEngine(folder, device="cpu", precision="fp32")
     made: dict[str, Any] = {"torch fp32": reference}
-    graph = Shelf(folder).prepare(reference.network)
+    graph = GraphCache(folder).prepare(reference.network)
     for precision in precisions:
         if "torch" in names and precision != "fp32":
             made[f"torch {precision}"] = TorchEngine(folder, device="cpu", precision=precision)

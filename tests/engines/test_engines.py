@@ -14,8 +14,8 @@ import pytest
 import torch
 from export.worlds import colour_model, untyped
 
-from vitrail.engines import choose, hurry, open_engine
-from vitrail.engines.prepare import FOLDER, GRAPH, Shelf
+from vitrail.engines import choose, faster_engine, open_engine
+from vitrail.engines.graph_cache import FOLDER, GRAPH, GraphCache
 from vitrail.engines.pytorch import TorchEngine, fill
 from vitrail.errors import ConfigError, WeightsError
 from vitrail.export import openvino
@@ -52,7 +52,7 @@ def test_auto_prepares_nothing_for_a_few_pictures(tmp_path: Path) -> None:
     model = colour_model(tmp_path / "model")
     engine = open_engine(model)
     assert engine.name == "torch"
-    assert hurry(engine, str(model), "auto", images=3, batch_size=3) is engine
+    assert faster_engine(engine, str(model), "auto", images=3, batch_size=3) is engine
     assert not (model / FOLDER).exists()
 
 
@@ -63,7 +63,7 @@ def test_a_prepared_graph_is_used_again_and_needs_no_network(
         raise AssertionError("the network was built")
 
     wanted = TorchEngine(model, precision="fp32")(IMAGES)
-    monkeypatch.setattr("vitrail.engines.prepare.from_pretrained", never)
+    monkeypatch.setattr("vitrail.engines.graph_cache.from_pretrained", never)
     engine = open_engine(model, "onnxruntime")
     assert engine.name == "onnxruntime" and torch.allclose(engine(IMAGES), wanted, rtol=1e-4, atol=1e-5)
 
@@ -75,7 +75,7 @@ def test_auto_measures_once_when_there_is_much_to_do_and_remembers(
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 2.0})
     caplog.set_level(logging.INFO, "vitrail")
-    engine = hurry(open_engine(model), str(model), "auto", images=1000, batch_size=4)
+    engine = faster_engine(open_engine(model), str(model), "auto", images=1000, batch_size=4)
     assert engine.name == "onnxruntime" and same(engine, model)
     assert "engine onnxruntime, fp32: 2.0 images/s here at batch 4 (torch 1.0); logits agree" in caplog.text
     assert open_engine(model).name == "onnxruntime"  # without measuring again
@@ -88,13 +88,13 @@ def test_what_was_measured_for_a_model_that_ships_is_remembered_too(
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("vitrail.engines.prepare.shipped.ASSETS", tmp_path)
+    monkeypatch.setattr("vitrail.engines.graph_cache.shipped.ASSETS", tmp_path)
     monkeypatch.setattr(choose, "WORTH", 0.0)
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 2.0})
     model = colour_model(tmp_path / "model")
     with untyped():
-        hurry(open_engine(model), str(model), "auto", images=1000, batch_size=4)
+        faster_engine(open_engine(model), str(model), "auto", images=1000, batch_size=4)
     assert not (model / FOLDER).exists()
     assert open_engine(model).name == "onnxruntime"
 
@@ -103,7 +103,7 @@ def test_auto_stays_with_torch_where_it_is_as_quick(model: Path, monkeypatch: py
     monkeypatch.setattr(choose, "WORTH", 0.0)
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 1.01})
-    assert hurry(open_engine(model), str(model), "auto", images=1000, batch_size=4).name == "torch"
+    assert faster_engine(open_engine(model), str(model), "auto", images=1000, batch_size=4).name == "torch"
     assert open_engine(model).name == "torch"
 
 
@@ -127,8 +127,8 @@ def test_an_engine_that_strays_is_left_out(
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "open_prepared", crooked)
     torch_engine = TorchEngine(model, precision="fp32")
-    shelf = Shelf(model)
-    assert choose.measure(shelf, torch_engine.network, torch_engine, "fp32", 4) is torch_engine
+    graphs = GraphCache(model)
+    assert choose.measure(graphs, torch_engine.network, torch_engine, "fp32", 4) is torch_engine
     assert "onnxruntime is left out: logits differ" in caplog.text
 
 
@@ -145,7 +145,7 @@ def test_a_missing_engine_falls_back_to_torch_and_says_so(
 
 
 def test_a_broken_graph_falls_back_to_torch(model: Path, caplog: pytest.LogCaptureFixture) -> None:
-    graph = Shelf(model).graph()
+    graph = GraphCache(model).graph()
     assert graph is not None
     graph.write_bytes(b"not a graph")
     assert open_engine(model, "onnxruntime").name == "torch"
@@ -155,12 +155,12 @@ def test_a_broken_graph_falls_back_to_torch(model: Path, caplog: pytest.LogCaptu
 @pytest.mark.slow
 @pytest.mark.usefixtures("unchecked")
 def test_a_model_that_has_changed_gets_a_new_graph(model: Path) -> None:
-    old = Shelf(model)
+    old = GraphCache(model)
     changed = TorchEngine(model).network
     with torch.no_grad():
         changed.head.linear.bias.add_(1)
     changed.save_pretrained(model)
-    new = Shelf(model)
+    new = GraphCache(model)
     assert new.key != old.key and new.graph() is None
     assert same(open_engine(model, "onnxruntime"), model)
     assert [path.name for path in (model / FOLDER).iterdir()] == [new.key]
@@ -191,8 +191,8 @@ def test_an_engine_that_was_asked_for_is_held_against_torch_once(
     caplog.set_level(logging.INFO, "vitrail")
     open_engine(model, "onnxruntime")
     assert "engine onnxruntime, fp32: as asked for; logits agree with torch to" in caplog.text
-    shelf = Shelf(model)
-    shelf.keep({key: {**row, "failures": ["moved"]} for key, row in shelf.note().items()})
+    graphs = GraphCache(model)
+    graphs.record({key: {**row, "failures": ["moved"]} for key, row in graphs.measurements().items()})
     assert open_engine(model, "onnxruntime").name == "torch"
     assert "strays from torch: moved" in caplog.text
 
@@ -203,12 +203,12 @@ def test_an_unknown_engine_is_refused_with_near_names(model: Path) -> None:
 
 
 def test_a_graph_is_prepared_beside_an_int8_one(model: Path) -> None:
-    shelf = Shelf(model)
-    (shelf.place() / GRAPH).unlink()
-    (shelf.place() / "int8").mkdir()
+    graphs = GraphCache(model)
+    (graphs.folder() / GRAPH).unlink()
+    (graphs.folder() / "int8").mkdir()
     with untyped():
         assert open_engine(model, "onnxruntime").name == "onnxruntime"
-    assert (shelf.place() / "int8").is_dir() and shelf.graph() is not None
+    assert (graphs.folder() / "int8").is_dir() and graphs.graph() is not None
 
 
 def test_openvino_computes_in_several_threads_at_once_on_a_share_of_the_cores(
@@ -271,7 +271,7 @@ def test_in_bf16_an_engine_may_differ_within_rounding(
         def __call__(self, images: torch.Tensor) -> torch.Tensor:
             return torch.tensor([1.0, self.second, 0.0]).repeat(len(images), 1)
 
-    found = choose.check(Fixed(1 - gap), Fixed(1 - gap + moved), Shelf(model))
+    found = choose.check(Fixed(1 - gap), Fixed(1 - gap + moved), GraphCache(model))
     assert found.passed is passes, found.failures
 
 
@@ -279,7 +279,7 @@ def test_in_bf16_an_engine_may_differ_within_rounding(
 @pytest.mark.parametrize("kept", [0.0, 0.5, 0.98], ids=["empty", "cut in the middle", "without its end"])
 def test_a_damaged_onnx_file_is_told_as_such(ready: Path, tmp_path: Path, engine: str, kept: float) -> None:
     pytest.importorskip(engine)
-    graph, cut = Shelf(ready).graph(), tmp_path / "cut.onnx"
+    graph, cut = GraphCache(ready).graph(), tmp_path / "cut.onnx"
     assert graph is not None
     whole = graph.read_bytes()
     cut.write_bytes(whole[: int(len(whole) * kept)])
@@ -290,7 +290,7 @@ def test_a_damaged_onnx_file_is_told_as_such(ready: Path, tmp_path: Path, engine
 @pytest.mark.parametrize("what", ["no weights", "cut weights", "cut graph", "empty graph"])
 def test_a_damaged_openvino_folder_is_told_as_such(ready: Path, tmp_path: Path, what: str) -> None:
     pytest.importorskip("openvino")
-    graph = Shelf(ready).graph()
+    graph = GraphCache(ready).graph()
     assert graph is not None
     openvino.write_openvino(openvino.from_onnx(graph), tmp_path / "damaged", read_label(graph))
     xml, weights = (tmp_path / "damaged" / name for name in openvino.FILES)
@@ -326,7 +326,7 @@ def test_a_card_that_is_none_or_another_models_is_told_as_such(
     ready: Path, tmp_path: Path, engine: str, change: Any, told: str
 ) -> None:
     pytest.importorskip(engine)
-    graph = Shelf(ready).graph()
+    graph = GraphCache(ready).graph()
     assert graph is not None
     with pytest.raises(WeightsError, match=told):
         open_engine(with_text(graph, tmp_path / "m.onnx", card_of(graph, change)), engine)
@@ -335,7 +335,7 @@ def test_a_card_that_is_none_or_another_models_is_told_as_such(
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_file_without_a_card_is_told_as_such(ready: Path, tmp_path: Path, engine: str) -> None:
     pytest.importorskip(engine)
-    graph = Shelf(ready).graph()
+    graph = GraphCache(ready).graph()
     assert graph is not None
     with pytest.raises(WeightsError, match=r"carries no vitrail card.*vitrail export"):
         open_engine(with_text(graph, tmp_path / "m.onnx", ""), engine)

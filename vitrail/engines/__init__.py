@@ -22,6 +22,7 @@ from vitrail.errors import ConfigError, suggestion
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from vitrail.engines.graph_cache import GraphCache
     from vitrail.weights.card import Card
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,8 @@ def open_engine(
     """The engine of a model folder, a run folder, an exported file, or a network.
 
     `auto` never prepares anything here: it takes what was found to be the quickest before, else torch.
-    `hurry` looks for a quicker one when it is known how much there is to do. An engine that was asked for by
-    name is prepared if need be; where it is missing or broken, torch does the work, and that is said.
+    `faster_engine` looks for a quicker one when it is known how much there is to do. An engine that was asked
+    for by name is prepared if need be; where it is missing or broken, torch does the work, and that is said.
 
     Raises:
         ConfigError: an unknown engine, device or precision.
@@ -80,7 +81,7 @@ def open_engine(
     return TorchEngine(model, device=device, precision=precision, compile=engine == "compiled")
 
 
-def hurry(opened: Engine, model: Any, engine: str, *, images: int, batch_size: int) -> Engine:
+def faster_engine(opened: Engine, model: Any, engine: str, *, images: int, batch_size: int) -> Engine:
     """A quicker engine than the one that `open_engine` gave, if there is so much to do that it pays.
 
     Only `auto` on the CPU looks for one. The answers stay: an engine that strays from torch is not taken.
@@ -92,18 +93,18 @@ def hurry(opened: Engine, model: Any, engine: str, *, images: int, batch_size: i
     if opened.card.task != "image-classification" or opened.runtime.device.type != "cpu":
         return opened
     from vitrail.engines import choose
-    from vitrail.engines.prepare import Shelf
+    from vitrail.engines.graph_cache import GraphCache
 
-    shelf = Shelf(model)
-    if not shelf.usable or not choose.installed() or choose.remembered(shelf, opened.precision):
+    graphs = GraphCache(model)
+    if not graphs.usable or not choose.installed() or choose.remembered(graphs, opened.precision):
         return opened
-    seconds = choose.seconds_on(opened, shelf, images, batch_size)
+    seconds = choose.seconds_on(opened, graphs, images, batch_size)
     if seconds < choose.WORTH:
         return opened
     logger.info(
         "torch would take about %.0f s for %d pictures: looking for a quicker engine", seconds, images
     )
-    found: Engine = choose.measure(shelf, opened.network, opened, opened.precision, batch_size)
+    found: Engine = choose.measure(graphs, opened.network, opened, opened.precision, batch_size)
     return found
 
 
@@ -117,36 +118,36 @@ def _quick(model: str | Path, engine: str, device: str, precision: str) -> Engin
     if not asked and (engine != "auto" or device not in ("auto", "cpu")):
         return None
     from vitrail.engines import choose
-    from vitrail.engines.prepare import Shelf, perhaps
+    from vitrail.engines.graph_cache import GraphCache, may_have_graphs
     from vitrail.runtime import choose_device, choose_precision
 
     place = choose_device(device)
-    if not asked and precision != "int8" and not perhaps(model):
+    if not asked and precision != "int8" and not may_have_graphs(model):
         return None
     if place.type != "cpu":
         logger.warning("engine %s runs on the CPU; on %s torch does the work", engine, place)
         return None
-    shelf = Shelf(model)
+    graphs = GraphCache(model)
     if precision == "int8":
-        return _int8(shelf)
+        return _int8(graphs)
     chosen = choose_precision(precision, place)
     why = "as asked for"
     if not asked:
-        known = choose.remembered(shelf, chosen)
-        if known is None or known[0] == "torch" or not shelf.usable:
+        known = choose.remembered(graphs, chosen)
+        if known is None or known[0] == "torch" or not graphs.usable:
             return None
         engine, why = known
-    return _opened(shelf, engine, chosen, why)
+    return _opened(graphs, engine, chosen, why)
 
 
-def _opened(shelf: Any, engine: str, precision: str, why: str) -> Engine | None:
+def _opened(graphs: GraphCache, engine: str, precision: str, why: str) -> Engine | None:
     from vitrail.engines import choose
 
     try:
-        if not shelf.usable:
-            raise ConfigError(f"{shelf.model} was not saved by vitrail, or its weights are not its card's")
-        opened: Engine = choose.open_prepared(shelf, engine, precision)
-        agreement = choose.proven(shelf, opened)
+        if not graphs.usable:
+            raise ConfigError(f"{graphs.model} was not saved by vitrail, or its weights are not its card's")
+        opened: Engine = choose.open_prepared(graphs, engine, precision)
+        agreement = choose.proven(graphs, opened)
     except Exception as error:
         # Whatever keeps a quick engine from starting, the answer can still be had.
         reason = " ".join(str(error).split())[:300].rstrip(".")
@@ -158,17 +159,17 @@ def _opened(shelf: Any, engine: str, precision: str, why: str) -> Engine | None:
     return opened
 
 
-def _int8(shelf: Any) -> Engine:
-    """The int8 graph that `vitrail export` left on the shelf."""
+def _int8(graphs: GraphCache) -> Engine:
+    """The int8 graph that `vitrail export` left in the cache."""
     from vitrail.engines.openvino import OpenVinoEngine
 
-    path = shelf.place() / "int8"
+    path = graphs.folder() / "int8"
     if not path.is_dir():
         raise ConfigError(
-            f"{shelf.model} has no int8 graph yet: vitrail export {shelf.model} --int8 --calibrate DATA makes"
+            f"{graphs.model} has no int8 graph yet: vitrail export {graphs.model} --int8 --calibrate DATA makes"
             " one and measures what it costs."
         )
-    opened = OpenVinoEngine(path, cache=shelf.place() / "openvino")
+    opened = OpenVinoEngine(path, cache=graphs.folder() / "openvino")
     proof = opened.label.proof
     logger.info(
         "engine openvino, int8: the first class is torch's in %.2f %% of %s pictures (%s)",

@@ -19,7 +19,7 @@ from torch import Tensor
 from vitrail.data.dense_loader import pad_together
 from vitrail.data.sample import photographs
 from vitrail.data.transforms import Preprocess, colour
-from vitrail.engines.prepare import Shelf
+from vitrail.engines.graph_cache import GraphCache
 from vitrail.errors import ProofError, VitrailError
 from vitrail.export.parity import BOUNDS, Bounds, Proof, prove
 from vitrail.export.parity_dense import DenseProof, answering, prove_dense
@@ -69,9 +69,9 @@ def circumstances(precision: str, batch_size: int) -> str:
     )
 
 
-def open_prepared(shelf: Shelf, name: str, precision: str, network: Any = None) -> Any:
-    """A quick engine on the shelf's graph, which is made if it is not there."""
-    graph = shelf.prepare(network)
+def open_prepared(graphs: GraphCache, name: str, precision: str, network: Any = None) -> Any:
+    """A quick engine on the cached graph, which is made if it is not there."""
+    graph = graphs.prepare(network)
     if name == "openvino":
         from vitrail.engines.openvino import OpenVinoEngine
 
@@ -81,18 +81,18 @@ def open_prepared(shelf: Shelf, name: str, precision: str, network: Any = None) 
     return OnnxEngine(graph)
 
 
-def remembered(shelf: Shelf, precision: str) -> tuple[str, str] | None:
+def remembered(graphs: GraphCache, precision: str) -> tuple[str, str] | None:
     """The engine that was the quickest here before, at whatever batch, and why; None where nobody knows."""
-    if shelf.graph() is None:
+    if graphs.graph() is None:
         return None
-    for known, row in reversed(shelf.note().items()):
+    for known, row in reversed(graphs.measurements().items()):
         batch = row.get("batch", 0)
         if known == circumstances(precision, batch) and row.get("chosen") in (*QUICK, "torch"):
             return str(row["chosen"]), str(row["why"])
     return None
 
 
-def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch_size: int) -> Any:
+def measure(graphs: GraphCache, network: Any, torch_engine: Any, precision: str, batch_size: int) -> Any:
     """The quickest engine that agrees with torch, opened; what was found is written down.
 
     Returns the torch engine itself where none is quicker.
@@ -101,8 +101,8 @@ def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch
     proofs: dict[str, Proof | DenseProof] = {}
     for name in installed():
         try:
-            engine = open_prepared(shelf, name, precision, network)
-            proofs[name] = check(torch_engine, engine, shelf)
+            engine = open_prepared(graphs, name, precision, network)
+            proofs[name] = check(torch_engine, engine, graphs)
         except Exception as error:
             logger.warning("engine %s cannot be used here: %s", name, _line(error))
             continue
@@ -110,7 +110,7 @@ def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch
             candidates[name] = engine
         else:
             logger.warning("engine %s is left out: %s", name, "; ".join(proofs[name].failures))
-    rates = speeds(candidates, _example(shelf, batch_size))
+    rates = speeds(candidates, _example(graphs, batch_size))
     best = max(rates, key=lambda name: rates[name])
     chosen = best if rates[best] >= GAIN * rates["torch"] else "torch"
     others = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items() if name != chosen)
@@ -119,17 +119,17 @@ def measure(shelf: Shelf, network: Any, torch_engine: Any, precision: str, batch
         why += f"; logits agree with torch to {proofs[chosen].logits_max:.0e}"
     row = {"chosen": chosen, "why": why, "batch": batch_size, "rates": rates}
     row["proofs"] = {name: proof.to_dict() for name, proof in proofs.items()}
-    shelf.keep({circumstances(precision, batch_size): row})
+    graphs.record({circumstances(precision, batch_size): row})
     logger.info("engine %s, %s: %s", chosen, candidates[chosen].precision, why)
     return candidates[chosen]
 
 
-def check(reference: Any, engine: Any, shelf: Shelf) -> Proof | DenseProof:
+def check(reference: Any, engine: Any, graphs: GraphCache) -> Proof | DenseProof:
     """How far an engine strays from another on real photographs."""
-    prepare = Preprocess(shelf.card.preprocessing)
+    prepare = Preprocess(graphs.card.preprocessing)
     # torch itself in bfloat16 is no measure for others: bounds are those of the looser precision of the two
     precision = "bf16" if "bf16" in (reference.precision, engine.precision) else engine.precision
-    if shelf.card.task != "image-classification":
+    if graphs.card.task != "image-classification":
         return check_dense(reference, engine, prepare, precision)
     images = photographs(LOOKS)
 
@@ -159,20 +159,20 @@ def check_dense(reference: Any, engine: Any, prepare: Preprocess, precision: str
     )  # fmt: skip
 
 
-def proven(shelf: Shelf, engine: Any) -> str:
-    """How an engine on the shelf's graph agrees with torch in float32: measured at its first use, then known.
+def proven(graphs: GraphCache, engine: Any) -> str:
+    """How an engine on the cached graph agrees with torch in float32: measured at its first use, then known.
 
     Raises ProofError where it strays.
     """
     key = f"proof of {engine.name}, {circumstances(engine.precision, 0)}"
-    kept = shelf.note().get(key)
-    kind: Any = Proof if shelf.card.task == "image-classification" else DenseProof
+    kept = graphs.measurements().get(key)
+    kind: Any = Proof if graphs.card.task == "image-classification" else DenseProof
     proof: Any = kind.from_dict(kept) if kept else None
     if proof is None:
         from vitrail.engines.pytorch import TorchEngine
 
-        proof = check(TorchEngine(shelf.model, device="cpu", precision="fp32"), engine, shelf)
-        shelf.keep({key: proof.to_dict()})
+        proof = check(TorchEngine(graphs.model, device="cpu", precision="fp32"), engine, graphs)
+        graphs.record({key: proof.to_dict()})
     if not proof.passed:
         raise ProofError(f"it strays from torch: {'; '.join(proof.failures)}")
     if engine.precision == "fp32":
@@ -193,17 +193,17 @@ def speeds(engines: dict[str, Any], images: Tensor, rounds: int = 3) -> dict[str
     return {name: len(images) / min(kept) for name, kept in times.items()}
 
 
-def seconds_on(engine: Any, shelf: Shelf, images: int, batch_size: int) -> float:
+def seconds_on(engine: Any, graphs: GraphCache, images: int, batch_size: int) -> float:
     """About how long an engine takes for so many pictures."""
-    one = _example(shelf, min(batch_size, images, 4))
+    one = _example(graphs, min(batch_size, images, 4))
     engine(one[:1])
     started = time.perf_counter()
     engine(one)
     return images / len(one) * (time.perf_counter() - started)
 
 
-def _example(shelf: Shelf, batch_size: int) -> Tensor:
-    prepare = Preprocess(shelf.card.preprocessing)
+def _example(graphs: GraphCache, batch_size: int) -> Tensor:
+    prepare = Preprocess(graphs.card.preprocessing)
     pictures = photographs(LOOKS)
     return torch.stack([prepare(pictures[number % LOOKS]) for number in range(batch_size)])
 

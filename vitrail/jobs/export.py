@@ -24,7 +24,7 @@ from vitrail.data.sources import Source, open_pictures, open_splits
 from vitrail.data.transforms import Preprocess
 from vitrail.engines import Engine
 from vitrail.engines.artefact import format_of, open_artefact
-from vitrail.engines.prepare import Shelf
+from vitrail.engines.graph_cache import GraphCache
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, DataError, ImageError, ProofError, WeightsError
 from vitrail.export import onnx, openvino, quantise, torch_program, triton
@@ -478,7 +478,7 @@ def _place(built: Path, target: Path) -> None:
 
 def _shelve(model: str, folder: Path) -> None:
     """Keep a copy with the model, where `--precision int8` finds it."""
-    place = Shelf(model).place()
+    place = GraphCache(model).folder()
     place.mkdir(parents=True, exist_ok=True)
     fresh = place / f".int8.{secrets.token_hex(4)}"
     shutil.copytree(folder, fresh)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vitrail.engines import Engine, hurry
+from vitrail.engines import Engine, faster_engine
 from vitrail.errors import ModelError
 from vitrail.models.registry import create_model, from_pretrained, is_model
 from vitrail.runs import EvaluateRun, PredictRun
@@ -42,4 +42,4 @@ def ready(engine: Engine, run: EvaluateRun | PredictRun, images: int) -> Engine:
         from vitrail.engines.merging import merging
 
         return merging(engine, run.merge_tokens)
-    return hurry(engine, run.model, run.engine, images=images, batch_size=run.batch_size)
+    return faster_engine(engine, run.model, run.engine, images=images, batch_size=run.batch_size)

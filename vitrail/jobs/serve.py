@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vitrail.data.transforms import Preprocess
-from vitrail.engines import hurry, open_engine
+from vitrail.engines import faster_engine, open_engine
 from vitrail.engines.artefact import format_of
 from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
@@ -95,7 +95,7 @@ def find_engine(folder: str, device: str, precision: str) -> str:
     Nothing is measured where torch would be through a day's work (`A_DAY`) sooner than that takes.
     """
     opened = open_engine(folder, device=device, precision=precision)
-    found = hurry(opened, folder, "auto", images=A_DAY, batch_size=MEASURED_AT)
+    found = faster_engine(opened, folder, "auto", images=A_DAY, batch_size=MEASURED_AT)
     if found is not opened:  # held against float32 once, beside the graph, so that the next start knows it
         found = open_engine(folder, device=device, precision=precision)
     return found.name

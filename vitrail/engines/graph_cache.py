@@ -42,13 +42,13 @@ GRAPH = "graph.onnx"
 CHOICE = "choice.json"
 
 
-def perhaps(model: str | Path) -> bool:
-    """Whether a model may have graphs; a look at folders alone, where a Shelf reads the weights."""
+def may_have_graphs(model: str | Path) -> bool:
+    """Whether a model may have graphs: a look at folders alone, where a GraphCache hashes the weights."""
     folder = model_folder(model)
-    return (folder / FOLDER).is_dir() or (not _takes_graphs(folder) and away_from_models().is_dir())
+    return (folder / FOLDER).is_dir() or (not _takes_graphs(folder) and fallback_folder().is_dir())
 
 
-def away_from_models() -> Path:
+def fallback_folder() -> Path:
     """Where the graphs of models lie whose folders take none."""
     return Path.home() / ".cache/vitrail/engines"
 
@@ -58,8 +58,8 @@ def _takes_graphs(folder: Path) -> bool:
     return os.access(folder, os.W_OK) and folder.parent != shipped.ASSETS
 
 
-class Shelf:
-    """Where the graphs of one model folder are kept."""
+class GraphCache:
+    """The prepared graphs of one model folder, and what was measured with them."""
 
     def __init__(self, model: str | Path) -> None:
         self.model = model_folder(model)
@@ -80,16 +80,16 @@ class Shelf:
         """Whether the model is one file of weights that its card knows, so that a hash stands for it."""
         return bool(self.sha256) and self.card.sha256 in ("", self.sha256) and bool(self.card.architecture)
 
-    def place(self) -> Path:
+    def folder(self) -> Path:
         """The folder of this model's graphs, whether there is one yet or not."""
-        beside, away = self.model / FOLDER / self.key, away_from_models() / self.key
+        beside, away = self.model / FOLDER / self.key, fallback_folder() / self.key
         if (away / GRAPH).exists() and not (beside / GRAPH).exists():
             return away
         return beside if beside.exists() or _takes_graphs(self.model) else away
 
     def graph(self) -> Path | None:
         """The prepared graph, if there is one."""
-        path = self.place() / GRAPH
+        path = self.folder() / GRAPH
         return path if path.is_file() else None
 
     def prepare(self, network: Any = None) -> Path:
@@ -100,7 +100,7 @@ class Shelf:
         ready = self.graph()
         if ready is not None:
             return ready
-        place = self.place()
+        place = self.folder()
         logger.info("preparing a graph of %s for quick engines; this happens once", self.model)
         started = time.monotonic()
         unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
@@ -125,18 +125,18 @@ class Shelf:
         logger.info("prepared in %.1f s, kept in %s", time.monotonic() - started, place)
         return place / GRAPH
 
-    def note(self) -> dict[str, Any]:
+    def measurements(self) -> dict[str, Any]:
         """What was measured with this graph, by circumstances; empty where nothing was, or it cannot be read."""
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.place() / CHOICE).read_text(encoding="utf-8"))
+            found = json.loads((self.folder() / CHOICE).read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
         return {}
 
-    def keep(self, measured: dict[str, Any]) -> None:
-        """Write down what was measured; a shelf that cannot be written does not matter."""
-        text = json.dumps(self.note() | measured, indent=2) + "\n"
+    def record(self, measured: dict[str, Any]) -> None:
+        """Write down what was measured; where the folder cannot be written, it is measured again next time."""
+        text = json.dumps(self.measurements() | measured, indent=2) + "\n"
         with contextlib.suppress(Exception):
-            write_atomically(self.place() / CHOICE, text.encode())
+            write_atomically(self.folder() / CHOICE, text.encode())
 
     def _sweep(self, kept: Path) -> None:
         """Remove graphs of what the model beside them was before."""
