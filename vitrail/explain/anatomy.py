@@ -17,11 +17,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vitrail.explain.attention import Look, explicit
+from vitrail.explain.attention import Look, blocks_of, explicit
 from vitrail.explain.capture import listen, stages_of
 from vitrail.explain.gates import gates_of
 from vitrail.explain.places import Placement
 from vitrail.explain.still import held_still
+from vitrail.models.registry import name_of
 from vitrail.nn.block import LayerScale
 from vitrail.nn.position import LearnedPosition
 from vitrail.nn.shapes import Grid
@@ -171,7 +172,7 @@ def anatomy(network: nn.Module, batches: Iterable[Float[Tensor, "B C I J"]] = ()
     """What the weights tell, and, where there are normalised pictures, what the model does with them."""
     filters, explained = _filters(network)
     found = Anatomy(
-        model=str(getattr(network, "name", "")) or type(network).__name__,
+        model=name_of(network),
         pictures=0,
         filters=filters,
         explained=explained,
@@ -240,12 +241,7 @@ class _Habits:
         """By block, for each batch [B, n]."""
 
     def add(self, network: nn.Module, images: Tensor) -> None:
-        gates = gates_of(network)
-        blocks = {
-            f"{name}.blocks.{number}": block
-            for name, stage in stages_of(network).items()
-            for number, block in enumerate(stage.blocks)
-        }
+        gates, blocks = gates_of(network), blocks_of(network)
 
         def heard(name: str, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
             if name in gates:

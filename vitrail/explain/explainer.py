@@ -37,6 +37,7 @@ from vitrail.explain.overlay import Pixels, contoured, on_picture, outlined, ove
 from vitrail.explain.places import PIXELS
 from vitrail.explain.questions import Asked, box_question, region_question
 from vitrail.explain.still import held_still
+from vitrail.models.registry import name_of
 from vitrail.tasks.choose import choose as choose_task
 from vitrail.tasks.classify import Classify, Prediction
 from vitrail.tasks.detect import Detect
@@ -228,7 +229,7 @@ class Explainer:
 
     @property
     def name(self) -> str:
-        return str(getattr(self.network, "name", "")) or type(self.network).__name__
+        return name_of(self.network)
 
     @property
     def methods(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from vitrail.explain.heat import Heat
 from vitrail.explain.occlusion import occlusion
 from vitrail.explain.questions import Asked, query_attention, question_gradcam, reader_of
 from vitrail.explain.rollout import attention, relevance, rollout
+from vitrail.models.registry import name_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,9 +171,8 @@ def choose(network: nn.Module, method: str) -> str:
         )
     lacking = METHODS[method].lacking(network)
     if lacking:
-        name = getattr(network, "name", "") or type(network).__name__
         raise UnsupportedError(
-            f"{method} is not defined for {name}: {lacking}. These are: {', '.join(methods_for(network))}."
+            f"{method} is not defined for {name_of(network)}: {lacking}. These are: {', '.join(methods_for(network))}."
         )
     return method
 

@@ -26,6 +26,7 @@ from vitrail.explain.attention import slid
 from vitrail.explain.heat import Heat
 from vitrail.explain.places import Placement, stretched
 from vitrail.explain.still import held_still
+from vitrail.models.registry import name_of
 from vitrail.nn.decoder import QueryAttention
 from vitrail.nn.shapes import DenseBoxOutput, Features, Grid, Level, MaskOutput
 from vitrail.tasks.boxes import iou, to_corners
@@ -70,7 +71,7 @@ class Asked(nn.Module):
 
     @property
     def name(self) -> str:
-        return str(getattr(self.network, "name", "")) or type(self.network).__name__
+        return name_of(self.network)
 
     @property
     def levels(self) -> tuple[Level, ...]:

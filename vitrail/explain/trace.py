@@ -33,6 +33,7 @@ from vitrail.explain.capture import (
 )
 from vitrail.explain.places import Placement, Reach, joined, reaches, stretched
 from vitrail.explain.residual import block_words, capture_maps, is_residual, stem_words
+from vitrail.models.registry import name_of
 from vitrail.nn.entry import Patchify, PrefixTokens
 from vitrail.nn.position import LearnedPosition, SinCosPosition
 from vitrail.nn.resnet import ResidualBlock, Stem
@@ -190,9 +191,7 @@ def trace(
     head: Any = getattr(network, "head", None)
     residual = is_residual(network)
     if not (residual or stages_of(network)) or not hasattr(head, "pool"):
-        raise UnsupportedError(
-            f"{_model_name(network)} is not made of stages with blocks: it cannot be traced."
-        )
+        raise UnsupportedError(f"{name_of(network)} is not made of stages with blocks: it cannot be traced.")
     pooled: list[Tensor] = []
 
     def heard(_name: str, module: Any, arguments: tuple[Any, ...], _output: Any) -> None:
@@ -221,7 +220,7 @@ def trace(
     stages = tuple(_stage(recording, number, size, places) for number in range(recording.stages))
     grid = stages[0].grid if stages else Grid(1, 1)
     return Trace(
-        model=_model_name(network),
+        model=name_of(network),
         source=source,
         original=original,
         pixels=pixels.cpu(),
@@ -233,10 +232,6 @@ def trace(
         note=note,
         convolutional=residual,
     )
-
-
-def _model_name(network: nn.Module) -> str:
-    return str(getattr(network, "name", "")) or type(network).__name__
 
 
 def _windows(recording: Recording, size: tuple[int, int], grid: Grid) -> tuple[Reach, Reach]:

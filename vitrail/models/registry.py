@@ -92,6 +92,11 @@ def family_name(module: ModuleType) -> str:
     return next((family for family, path in FAMILIES.items() if path == module.__name__), module.__name__)
 
 
+def name_of(network: object) -> str:
+    """The name that a network was built by; its class's where it was not built here."""
+    return str(getattr(network, "name", "")) or type(network).__name__
+
+
 def variant(name: str, **changes: Any) -> Any:
     """The configuration of a variant, with some fields changed. Raises ModelError on unknown names and fields."""
     return changed(family_of(name).VARIANTS[_bare(name)], **changes)
