@@ -14,7 +14,7 @@ from tests.explain.families import tiny
 from vitrail.cli.main import main
 from vitrail.errors import ConfigError
 from vitrail.explain.explainer import Explainer
-from vitrail.explain.explorer import explorer
+from vitrail.explain.explorer_page import explorer
 
 LABELS = ("ant", "bee", "cat", "dog", "elk")
 

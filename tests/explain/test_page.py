@@ -13,7 +13,7 @@ import pytest
 
 from tests.explain.families import tiny
 from vitrail.explain.explainer import Explainer
-from vitrail.explain.explorer import explorer
+from vitrail.explain.explorer_page import explorer
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -18,7 +18,7 @@ from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.capture import stages_of
 from vitrail.explain.explainer import Explainer
-from vitrail.explain.explorer import explorable, layers
+from vitrail.explain.explorer_page import explorable, layers
 from vitrail.explain.places import Placement
 from vitrail.explain.questions import (
     Asked,

@@ -18,12 +18,12 @@ from PIL import Image
 
 import vitrail
 from vitrail.errors import UnsupportedError
-from vitrail.explain import poster as poster_module
-from vitrail.explain.page import page
+from vitrail.explain import trace_poster as poster_module
 from vitrail.explain.places import Placement
-from vitrail.explain.poster import contrasted, poster
 from vitrail.explain.rollout import rollout
 from vitrail.explain.trace import Trace, trace
+from vitrail.explain.trace_page import page
+from vitrail.explain.trace_poster import contrasted, poster
 from vitrail.models import registry
 from vitrail.tasks.classify import Classify
 

@@ -85,7 +85,7 @@ def contoured(pixels: Pixels, inside: Bool[Tensor, "H W"]) -> Pixels:
 
 
 def png(pixels: Pixels) -> bytes:
-    """The file of an image [H, W, 3]."""
+    """The PNG file of an image `[H, W, 3]`, or `[H, W, 4]` with transparency."""
     from PIL import Image
 
     buffer = io.BytesIO()

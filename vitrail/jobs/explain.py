@@ -21,14 +21,14 @@ from vitrail.data.transforms import normalise
 from vitrail.disk import write_atomically
 from vitrail.errors import ConfigError, DataError, ImageError, UnsupportedError
 from vitrail.explain.explainer import CHANCES, STEPS, Explainer, Explanation, cautions
-from vitrail.explain.explorer import explorer
+from vitrail.explain.explorer_page import explorer
 from vitrail.explain.faithfulness import fills_for, forwards
 from vitrail.explain.methods import METHODS, Options, check_options, choose
 from vitrail.explain.overlay import png
 from vitrail.explain.questions import Asked, NothingThere
 from vitrail.explain.still import held_still
+from vitrail.explain.trace_words import IN_FLOAT32
 from vitrail.explain.trial import Trial, cost, trial
-from vitrail.explain.words import IN_FLOAT32
 from vitrail.jobs.opening import open_network
 from vitrail.jobs.predict import free_name
 from vitrail.predict import expand

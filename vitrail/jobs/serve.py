@@ -29,11 +29,11 @@ from vitrail.engines.artefact import format_of
 from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer, Explanation
-from vitrail.explain.explorer import layers
+from vitrail.explain.explorer_page import layers
 from vitrail.explain.overlay import Pixels
-from vitrail.explain.page import page_data
-from vitrail.explain.poster import shortened
 from vitrail.explain.trace import trace
+from vitrail.explain.trace_page import page_data
+from vitrail.explain.trace_poster import shortened
 from vitrail.predict import Predictor
 from vitrail.runtime import choose_device
 from vitrail.tasks.classify import Classify

@@ -12,11 +12,11 @@ from vitrail.data.transforms import Preprocess
 from vitrail.disk import write_atomically
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError
-from vitrail.explain.page import page
-from vitrail.explain.poster import poster
 from vitrail.explain.trace import Trace
 from vitrail.explain.trace import trace as follow
-from vitrail.explain.words import IN_FLOAT32
+from vitrail.explain.trace_page import page
+from vitrail.explain.trace_poster import poster
+from vitrail.explain.trace_words import IN_FLOAT32
 from vitrail.jobs.opening import open_network
 from vitrail.jobs.trace_dense import DenseTrace, trace_dense
 from vitrail.predict import class_names

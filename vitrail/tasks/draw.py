@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def confusion_picture(confusion: Tensor, labels: Sequence[str]) -> bytes:
     classes = len(labels)
     cell = min(0.62, max(0.115, 8.0 / classes)) if classes <= NAMED else 22 / classes
     side = max(3.2, cell * classes)
-    letters = max((len(_clipped(label)) for label in labels), default=0) if classes <= NAMED else 0
+    letters = max((len(clipped(label)) for label in labels), default=0) if classes <= NAMED else 0
     size = max(6.0, min(10.0, cell * 40))
     margin = 0.75 + letters * size * 0.62 / 72
     words = 3.9
@@ -57,7 +58,7 @@ def confusion_picture(confusion: Tensor, labels: Sequence[str]) -> bytes:
     axes = _axes(figure, margin / width, below / height, side / width, side / height)
     axes.imshow(_confusion_colours(counts), interpolation="nearest", aspect="auto")
     if classes <= NAMED:
-        names = [_clipped(label) for label in labels]
+        names = [clipped(label) for label in labels]
         axes.set_yticks(range(classes), names, size=size)
         axes.set_xticks(range(classes), names, size=size, rotation=90 if letters > 3 else 0)
         axes.tick_params(length=0, pad=3)
@@ -108,7 +109,7 @@ def _commonest(
         figure.text(
             left + 0.35 / figure.get_figwidth(), y, count, size=8.5, va="top", ha="right", color=MUTED
         )
-        text = f"{_clipped(labels[row], 20)} → {_clipped(labels[column], 20)}"
+        text = f"{clipped(labels[row], 20)} → {clipped(labels[column], 20)}"
         figure.text(left + 0.45 / figure.get_figwidth(), y, text, size=8.5, va="top")
 
 
@@ -127,18 +128,19 @@ def contact_sheet(tiles: Sequence[Tile], title: str, caption: str = "", columns:
         left, top = 0.25 + column * (side + gap), 1.0 + row * pitch
         axes = _axes(figure, left / width, 1 - (top + side) / height, side / width, side / height)
         axes.imshow(
-            _visible(tile.pixels), interpolation="nearest" if tile.pixels.shape[2] < 96 else "antialiased"
+            as_rgb(tile.pixels), interpolation="nearest" if tile.pixels.shape[2] < 96 else "antialiased"
         )
         axes.set_anchor("SW")
         for place, line in enumerate(tile.lines):
             figure.text(
-                left / width, 1 - (top + side + 0.08 + 0.18 * place) / height, _clipped(line, 30), size=8, va="top",
+                left / width, 1 - (top + side + 0.08 + 0.18 * place) / height, clipped(line, 30), size=8, va="top",
                 color=MUTED if place else INK, weight="normal" if place else "bold",
             )  # fmt: skip
     return _png(figure)
 
 
-def _visible(pixels: Tensor) -> np.ndarray[Any, Any]:
+def as_rgb(pixels: UInt8[Tensor, "C h w"]) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """An image of any number of channels as RGB `[h, w, 3]`: grey where there are fewer than three."""
     array = pixels.permute(1, 2, 0).numpy()  # [h, w, C]
     return array[:, :, :3] if array.shape[2] >= 3 else np.repeat(array[:, :, :1], 3, axis=2)
 
@@ -178,5 +180,6 @@ def _png(figure: Figure) -> bytes:
         return png_of(figure)
 
 
-def _clipped(label: str, most: int = 28) -> str:
+def clipped(label: str, most: int = 28) -> str:
+    """A label of at most `most` letters, with an ellipsis where it was longer."""
     return label if len(label) <= most else label[: most - 1] + "…"

@@ -6,11 +6,9 @@ No request leaves the page; it works by mouse, touch and keyboard. Where attenti
 
 from __future__ import annotations
 
-import base64
 import html
 import json
 from collections.abc import Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
@@ -20,7 +18,8 @@ from torch import Tensor, nn
 from vitrail.data.transforms import normalise
 from vitrail.explain.attention import Look, blocks_of, explicit, mixers_of
 from vitrail.explain.explainer import Explainer, Explanation, cautions
-from vitrail.explain.overlay import Pixels, contoured, outlined, png, shares
+from vitrail.explain.overlay import contoured, outlined, shares
+from vitrail.explain.pages import data_url, fill_template, packed
 from vitrail.explain.places import covering
 from vitrail.explain.questions import Asked
 from vitrail.explain.still import held_still
@@ -35,7 +34,6 @@ FINEST = 28
 
 def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: str = "") -> str:
     """The page of one picture's explanations; everything it shows is in it."""
-    template = resources.files("vitrail.explain").joinpath("explorer.html").read_text(encoding="utf-8")
     first = explanations[0]
     data = {
         "image": _url(first),
@@ -48,16 +46,14 @@ def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: st
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
     said = [note, *cautions(explanations)]
-    replaced = {
+    texts = {
         "TITLE": html.escape(f"{first.source}: where {first.model} looks"),
         "SUMMARY": html.escape(_summary(first)),
         "NOTE": "".join(f'<p class="note">{html.escape(one)}.</p>' for one in dict.fromkeys(said) if one),
         "SCORES": _scores(explanations),
         "DATA": text,
     }
-    for name, value in replaced.items():
-        template = template.replace(f"<!--{name}-->", value)
-    return template
+    return fill_template("explorer.html", texts)
 
 
 def explorable(network: nn.Module) -> bool:
@@ -93,7 +89,7 @@ def _shown(explainer: Explainer, explanations: Sequence[Explanation]) -> int:
 
 def _url(found: Explanation) -> str:
     pixels = found.pixels.expand(3, -1, -1) if found.pixels.shape[0] == 1 else found.pixels
-    return _image(pixels.permute(1, 2, 0).contiguous().numpy())
+    return data_url(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
 def _outline(found: Explanation) -> str:
@@ -108,11 +104,7 @@ def _outline(found: Explanation) -> str:
     else:
         return ""
     line = (drawn != 128).any(axis=2, keepdims=True).astype(np.uint8) * 255
-    return _image(np.concatenate([drawn, line], axis=2))
-
-
-def _image(pixels: Pixels) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png(pixels)).decode()}"
+    return data_url(np.concatenate([drawn, line], axis=2))
 
 
 def _map(found: Explanation) -> dict[str, Any]:
@@ -128,7 +120,7 @@ def _map(found: Explanation) -> dict[str, Any]:
         "signed": signed,
         "rows": rows,
         "columns": columns,
-        "data": _bytes(values * 255),
+        "data": packed(values * 255),
     }
 
 
@@ -224,11 +216,5 @@ def _layer(look: Look, finest: int, names: list[str]) -> dict[str, Any]:
         "keyPrefix": look.keys.prefix,
         "keys": asked.shape[2],
         "most": most,
-        "data": _bytes((asked.clamp_min(0) / most).sqrt() * 255),  # the root keeps small weights apart
+        "data": packed((asked.clamp_min(0) / most).sqrt() * 255),  # the root keeps small weights apart
     }
-
-
-def _bytes(values: Tensor) -> str:
-    """Values in 0..255, rounded, as base64."""
-    array = values.round().clamp(0, 255).byte().contiguous().numpy()
-    return base64.b64encode(array.tobytes()).decode()

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from vitrail.explain.places import Reach
 from vitrail.explain.trace import Layer, Trace
-from vitrail.explain.words import words
+from vitrail.explain.trace_words import words
 from vitrail.nn.shapes import Grid
-from vitrail.tasks.draw import png_of
+from vitrail.tasks.draw import as_rgb, clipped, png_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,12 +74,6 @@ def _chosen(layers: list[Layer]) -> list[Layer]:
     if len(layers) <= MOST_LAYERS:
         return layers
     return [layers[round(place * (len(layers) - 1) / (MOST_LAYERS - 1))] for place in range(MOST_LAYERS)]
-
-
-def visible(pixels: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """An image of any number of channels as RGB `[h, w, 3]`: grey where there are fewer than three."""
-    array = pixels.permute(1, 2, 0).numpy()  # [h, w, C]
-    return array[:, :, :3] if array.shape[2] >= 3 else np.repeat(array[:, :, :1], 3, axis=2)
 
 
 def contrasted(trace: Trace) -> tuple[int, int]:
@@ -158,7 +152,7 @@ def _patches(band: SubFigure, trace: Trace) -> None:
         f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} {told.pieces} of {rows} × {columns}"
         + stepping(trace).replace(", ", ",\n"),
     )  # fmt: skip
-    picture = visible(trace.pixels)
+    picture = as_rgb(trace.pixels)
     side = min(3.6, height - 1.0)
     axes = _place(band, 0.03, height - 0.8 - side, side / 14, side)
     axes.imshow(picture, interpolation="nearest")
@@ -180,7 +174,7 @@ def _patches(band: SubFigure, trace: Trace) -> None:
         f"{rows} · {columns} · {trace.pixels.shape[0]} = {numbers} numbers{beyond}", 0.325,
     )  # fmt: skip
     axes = _place(band, 0.325, height - 0.95 - 1.5, 1.5 / 14, 1.5)
-    axes.imshow(visible(cut), interpolation="nearest")
+    axes.imshow(as_rgb(cut), interpolation="nearest")
     _frame(axes, -0.5, -0.5, cut.shape[2], cut.shape[1])
     _strip(band, trace, cut, height - 0.95 - 1.5 - 0.5)
     _steps(band, trace, height)
@@ -207,7 +201,7 @@ def _strip(band: SubFigure, trace: Trace, cut: UInt8[Tensor, "C h w"], top: floa
     """The patch's pixels one after the other, then each channel's values."""
     flat = cut.flatten(1).numpy()  # [C, h * w]
     axes = _place(band, 0.325, top - 0.2, 0.215, 0.2)
-    axes.imshow(visible(cut.flatten(1)[:, None]), aspect="auto", interpolation="nearest")
+    axes.imshow(as_rgb(cut.flatten(1)[:, None]), aspect="auto", interpolation="nearest")
     axes.set_title("its pixels, row by row", size=8, color=MUTED, loc="left", pad=3)
     names = (
         ("red", "green", "blue") if len(flat) == 3 else tuple(f"channel {c + 1}" for c in range(len(flat)))
@@ -330,7 +324,7 @@ def _attention(band: SubFigure, trace: Trace, layers: list[Layer]) -> None:
             f"; attention of {whose} where the panel says so" if seen else ""
         )
     _heading(band, _inches(band), 5, title, caption)
-    grey = visible(trace.pixels).mean(axis=2) / 255
+    grey = as_rgb(trace.pixels).mean(axis=2) / 255
     for number, layer in enumerate(layers):
         axes = _panel(band, number, 1.9, 2.35)
         axes.imshow(grey, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
@@ -386,7 +380,7 @@ def _probabilities(band: SubFigure, trace: Trace) -> None:
     axes.barh(places, [guess.score for guess in top], color=BLUE, height=0.62)
     axes.set_xlim(0, 1)
     for place, guess in zip(places, top, strict=True):
-        axes.text(-0.01, place, _clipped(guess.label), ha="right", va="center", size=10)
+        axes.text(-0.01, place, clipped(guess.label), ha="right", va="center", size=10)
         inside = guess.score > 0.9
         axes.text(
             guess.score - 0.008 if inside else guess.score + 0.008,
@@ -397,7 +391,3 @@ def _probabilities(band: SubFigure, trace: Trace) -> None:
             size=9,
             color="white" if inside else INK,
         )
-
-
-def _clipped(label: str, most: int = 28) -> str:
-    return label if len(label) <= most else label[: most - 1] + "…"

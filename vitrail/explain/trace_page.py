@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import html
-import io
 import json
-from importlib import resources
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
-from vitrail.explain.poster import contrasted, shortened, stepping, visible
+from vitrail.explain.pages import data_url, fill_template, packed
 from vitrail.explain.trace import Layer, StageTrace, Trace
-from vitrail.explain.words import words
+from vitrail.explain.trace_poster import contrasted, shortened, stepping
+from vitrail.explain.trace_words import words
+from vitrail.tasks.draw import as_rgb
 
 MOST_CHANNELS = 192
 """Channels of the embeddings that the page draws; its caption says how many there are."""
@@ -23,11 +21,10 @@ MOST_CHANNELS = 192
 
 def page(trace: Trace) -> str:
     """The page's text. Everything it shows is in it: the image, the maps as bytes, style and script."""
-    template = resources.files("vitrail.explain").joinpath("trace.html").read_text(encoding="utf-8")
     best = trace.prediction.top[0]
     data = json.dumps(page_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
     told = words(trace.convolutional, trace.overlapping)
-    replaced = {
+    texts = {
         "TITLE": html.escape(f"{trace.source} through {trace.model}"),
         "SUMMARY": html.escape(f"{trace.model} says {best.label}, {best.score:.1%}"),
         "NOTE": f'<p class="note">{html.escape(trace.note)}</p>' if trace.note else "",
@@ -40,9 +37,7 @@ def page(trace: Trace) -> str:
         "CELLS": "cells" if trace.convolutional else "patch tokens",
         "DATA": data,
     }
-    for name, text in replaced.items():
-        template = template.replace(f"<!--{name}-->", text)
-    return template
+    return fill_template("trace.html", texts)
 
 
 def _rows(trace: Trace) -> str:
@@ -55,7 +50,7 @@ def _rows(trace: Trace) -> str:
 def page_data(trace: Trace) -> dict[str, Any]:
     """What the page draws, JSON-ready: the image as a PNG, maps as bytes, words for what is shown."""
     return {
-        "image": _png(visible(trace.pixels)),
+        "image": data_url(as_rgb(trace.pixels)),
         "words": dataclasses.asdict(words(trace.convolutional, trace.overlapping)),
         "channels": int(trace.pixels.shape[0]),
         "height": int(trace.pixels.shape[1]),
@@ -70,14 +65,6 @@ def page_data(trace: Trace) -> dict[str, Any]:
         "layers": [_layer(layer) for stage in trace.stages for layer in stage.layers],
         "top": [{"label": guess.label, "score": guess.score} for guess in trace.prediction.top],
     }
-
-
-def _png(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
-    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _stage(stage: StageTrace) -> dict[str, Any]:
@@ -100,7 +87,7 @@ def _similarity(values: Tensor, least: float) -> dict[str, Any]:
     return {
         "shape": list(values.shape),
         "least": least,
-        "data": _bytes((values - least) / (1 - least) * 255),
+        "data": packed((values - least) / (1 - least) * 255),
     }
 
 
@@ -122,7 +109,7 @@ def _layer(layer: Layer) -> dict[str, Any]:
             "heads": int(maps.shape[0]),
             "most": most,
             "elsewhere": [round(float(share), 4) for share in layer.gaze.elsewhere],
-            "data": _bytes(maps / most * 255),
+            "data": packed(maps / most * 255),
         }
     return view
 
@@ -133,11 +120,5 @@ def _signed(values: Tensor, reach: float | None) -> dict[str, Any]:
     return {
         "shape": list(values.shape),
         "reach": reach,
-        "data": _bytes((values / reach).clamp(-1, 1) * 127.5 + 127.5),
+        "data": packed((values / reach).clamp(-1, 1) * 127.5 + 127.5),
     }
-
-
-def _bytes(values: Tensor) -> str:
-    """Values in 0..255, rounded, as base64."""
-    array = values.round().clamp(0, 255).byte().contiguous().numpy()
-    return base64.b64encode(array.tobytes()).decode()
