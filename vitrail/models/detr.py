@@ -34,7 +34,7 @@ from vitrail.nn.init import init_detr, skip_on_meta
 from vitrail.nn.panoptic import MaskHead
 from vitrail.nn.position import LearnedAxes, MaskedSine
 from vitrail.nn.shapes import BoxOutput
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 TASK = "object-detection"
 EXTRA_LOGITS = 1
@@ -178,8 +178,8 @@ CARDS: dict[str, Card] = {
         ids=() if name.endswith("nano") else tuple(range(config.num_classes)),  # COCO's own, gaps included
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             interpolation="bilinear",
             crop_pct=1.0,
             crop_mode="squash" if name.endswith("nano") else "fit",

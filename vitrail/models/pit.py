@@ -30,7 +30,7 @@ from vitrail.nn.position import LearnedPosition
 from vitrail.nn.pyramid import ConvPool, OverlapPatch, conv_cells
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +172,8 @@ CARDS: dict[str, Card] = {
         architecture=name,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             crop_pct=1.0 if config.img_size[0] == 32 else 0.9,
         ),
     )

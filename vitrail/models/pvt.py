@@ -34,7 +34,7 @@ from vitrail.nn.pyramid import OverlapPatch
 from vitrail.nn.reduction import ConvMlp, SpatialReduction
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,8 +191,8 @@ CARDS: dict[str, Card] = {
         architecture=name,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             crop_pct=1.0 if config.img_size[0] == 32 else 0.875,
         ),
         notes="The authors evaluate with a crop of 0.875, timm with 0.9 (up to 0.2 points of accuracy apart).",

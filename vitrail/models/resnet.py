@@ -21,7 +21,7 @@ from vitrail.models.resnet_layouts import context as context
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_resnet, skip_on_meta
 from vitrail.nn.resnet import Design, NormKind, ResidualTrunk, Stem, StemKind
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +112,8 @@ CARDS: dict[str, Card] = {
         architecture=name,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             interpolation="bilinear",
             crop_pct=1.0 if config.img_size[0] == 32 else 0.875,
         ),

@@ -27,7 +27,7 @@ from vitrail.nn.gates import SqueezeExcite
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_resnet, skip_on_meta
 from vitrail.nn.resnet import Design, NormKind, ResidualTrunk, Stem, StemKind
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 MEANING = ("pool", "stride_in")
 """Fields that change what the same tensors compute."""
@@ -157,8 +157,8 @@ CARDS: dict[str, Card] = {
         architecture=name,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             interpolation="bilinear",
             crop_pct=1.0 if config.img_size[0] == 32 else 0.875,
         ),

@@ -32,7 +32,7 @@ from vitrail.nn.init import init_masks, skip_on_meta
 from vitrail.nn.masks import Aggregation, MaskHead, PointHead, StreamHead, UpHead
 from vitrail.nn.position import LearnedPosition
 from vitrail.nn.trunk import Trunk
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 TASK = "image-segmentation"
 
@@ -219,8 +219,8 @@ CARDS: dict[str, Card] = {
         task=TASK,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             interpolation="bilinear",
             crop_pct=1.0,
             crop_mode="squash",

@@ -35,7 +35,7 @@ from vitrail.nn.pyramid import Merge
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
 from vitrail.nn.window import CosineWindowAttention, RelativeNetwork, RelativeTable, WindowAttention
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +217,8 @@ CARDS: dict[str, Card] = {
         architecture=name,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             crop_pct=1.0 if config.img_size[0] in (32, 384) else 0.875,
             crop_mode="squash" if config.img_size[0] == 384 else "center",
         ),

@@ -33,7 +33,7 @@ from vitrail.nn.init import init_trans2seg, skip_on_meta
 from vitrail.nn.position import LearnedPosition
 from vitrail.nn.shapes import Grid
 from vitrail.nn.trunk import Stage
-from vitrail.weights.card import Card, Preprocessing
+from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
 TASK = "image-segmentation"
 
@@ -151,8 +151,8 @@ CARDS: dict[str, Card] = {
         task=TASK,
         preprocessing=Preprocessing(
             input_size=config.img_size,
-            mean=(0.485, 0.456, 0.406),
-            std=(0.229, 0.224, 0.225),
+            mean=IMAGENET_MEAN,
+            std=IMAGENET_STD,
             interpolation="bilinear",
             crop_pct=1.0,
             crop_mode="squash",
