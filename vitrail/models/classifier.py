@@ -5,15 +5,13 @@ Every classification family is built into this one class; what differs between p
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from typing import Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.errors import UnsupportedError
-from vitrail.models.model import Model
+from vitrail.models.model import Model, depth_in_backbone
 from vitrail.nn.heads import ClassHead, DistilledHead
 from vitrail.nn.shapes import ClassOutput, Features, Grid, Level
 from vitrail.nn.trunk import Stage
@@ -80,30 +78,11 @@ class Classifier(Model):
     def depth_of(self, name: str) -> int:
         """How deep a parameter lies: 0 for what stands before the first block, 1 to `depth` for blocks (and for
         what stands before them in later stages), `depth` + 1 for the head. For layer-wise learning rates."""
-        found = re.match(r"backbone\.stages\.(\d+)\.(entry|blocks\.(\d+)|norm)", name)
-        if found is None:
-            return self.depth + 1 if name.startswith("head.") else 0
-        stage = int(found[1])
-        before = sum(len(earlier.blocks) for earlier in self._stages()[:stage])
-        if found[3] is not None:
-            return before + int(found[3]) + 1
-        if found[2] == "entry":
-            return before + 1 if stage else 0
-        return before + len(self._stages()[stage].blocks)
+        return self.depth + 1 if name.startswith("head.") else depth_in_backbone(name, self._stages())
 
     def get_classifier(self) -> nn.Module:
         """The last linear layer."""
         return self.head.classifier
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """A new last layer for other classes; everything before it keeps its weights.
-
-        Raises ModelError where the network cannot have so many; it is then as it was.
-        """
-        config = dataclasses.replace(self.config, num_classes=num_classes)
-        self.head.reset(num_classes)
-        self.config = config
-        self.card = self.card.with_classes(num_classes)
 
     def set_grad_checkpointing(self, on: bool = True) -> None:
         """Recompute each block's activations in the backward pass: less memory for a third more time."""

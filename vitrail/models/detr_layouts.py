@@ -11,8 +11,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from vitrail.models.residual_rules import convolution
-from vitrail.weights.adapter import Drop, Layout, Rule
+from vitrail.models.residual_rules import DROPPED, convolution
+from vitrail.weights.adapter import Layout, Rule
 
 if TYPE_CHECKING:
     from vitrail.models.detr import Config
@@ -124,8 +124,6 @@ _MASKS_IN_MODULES = (
     *_both("mask_head.fpn_stages.{i}.refine.norm", "mask_head.refine.{i}.norm"),
 )
 
-_DROPPED = (Drop("*.num_batches_tracked", "frozen norms count nothing", when="frozen"),)
-
 
 def _original(place: str) -> tuple[Rule, ...]:
     """The authors' words for the detector, with `place` in front."""
@@ -186,7 +184,7 @@ TRANSFORMERS = Layout(
     signature=("model.encoder.layers.0.fc1.weight", "model.query_position_embeddings.weight"),
     prefixes=("detr.",),
     rules=(*_either(lambda place: _transformers(place, "conv_encoder.", "out_proj", "")), *_MASKS_ON_DISK),
-    dropped=_DROPPED,
+    dropped=DROPPED,
     describe=transformers_config,
 )
 
@@ -195,7 +193,7 @@ MODULES = Layout(
     signature=("model.encoder.layers.0.mlp.fc1.weight", "model.query_position_embeddings.weight"),
     prefixes=("detr.",),
     rules=(*_either(lambda place: _transformers(place, "", "o_proj", "mlp.")), *_MASKS_IN_MODULES),
-    dropped=_DROPPED,
+    dropped=DROPPED,
 )
 
 ORIGINAL = Layout(
@@ -203,7 +201,7 @@ ORIGINAL = Layout(
     signature=("transformer.encoder.layers.0.linear1.weight", "query_embed.weight"),
     prefixes=("detr.",),
     rules=(*_either(_original), *_MASKS_ON_DISK),
-    dropped=_DROPPED,
+    dropped=DROPPED,
 )
 
 RENAMES: tuple[Layout, ...] = (TRANSFORMERS, MODULES, ORIGINAL)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,10 +34,28 @@ class Model(nn.Module):
     """Preprocessing, class names, origin, scores."""
     receipt: Receipt | None = None
     """What became of every tensor of the file that was loaded, if one was."""
+    head: Any
+    """Holds the class layer, and gives it new classes in `reset`."""
 
     @property
     def num_classes(self) -> int:
         return int(self.config.num_classes)
+
+    @property
+    def class_heads(self) -> tuple[Any, ...]:
+        """The heads with a class layer, each of which gives it new classes in `reset`."""
+        return (self.head,)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """New class layers for other classes; everything else keeps its weights.
+
+        Raises ModelError where the network cannot have so many; it is then as it was.
+        """
+        config = dataclasses.replace(self.config, num_classes=num_classes)
+        for head in self.class_heads:
+            head.reset(num_classes)
+        self.config = config
+        self.card = self.card.with_classes(num_classes)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay should leave alone besides those of rank 1: those of UNDECAYED."""
@@ -45,3 +66,21 @@ class Model(nn.Module):
         from vitrail.models.loading import save_model
 
         save_model(self, folder)
+
+
+def depth_in_backbone(name: str, stages: Sequence[Any]) -> int:
+    """How deep a parameter of the backbone lies, for layer-wise learning rates (BEiT, 2106.08254).
+
+    0 for what stands before the first block, then the blocks of all stages from 1; what stands before the blocks of a
+    later stage counts with its first block, a norm after them with its last.
+    """
+    found = re.match(r"backbone\.stages\.(\d+)\.(entry|blocks\.(\d+)|norm)", name)
+    if found is None:
+        return 0
+    stage = int(found[1])
+    before = sum(len(earlier.blocks) for earlier in stages[:stage])
+    if found[3] is not None:
+        return before + int(found[3]) + 1
+    if found[2] == "entry":
+        return before + 1 if stage else 0
+    return before + len(stages[stage].blocks)

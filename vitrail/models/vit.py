@@ -18,6 +18,7 @@ from typing import Literal
 from torch import nn
 
 from vitrail.errors import ModelError
+from vitrail.models.checks import check_config
 from vitrail.models.classifier import Classifier
 from vitrail.models.vit_layouts import RENAMES as RENAMES
 from vitrail.models.vit_layouts import context as context
@@ -103,23 +104,12 @@ class Config:
 
 def _check(config: Config) -> None:
     """Refuse combinations that mean nothing, saying what is legal."""
-    for name in ("width", "depth", "heads", "hidden", "in_chans"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"{name} must be at least 1; got {getattr(config, name)}.")
-    for name in ("num_classes", "registers", "representation"):
+    check_config(config, ("width", "depth", "heads", "hidden"))
+    for name in ("registers", "representation"):
         if getattr(config, name) < 0:
             raise ModelError(f"{name} must be 0 or more; got {getattr(config, name)}.")
-    for name in ("drop_path_rate", "drop_rate", "attn_drop_rate", "head_dropout"):
-        if not 0.0 <= getattr(config, name) < 1.0:
-            raise ModelError(f"{name} must lie in [0, 1); got {getattr(config, name)}.")
-    if min(config.img_size) < 1 or min(config.patch_size) < 1:
-        raise ModelError(
-            f"Sizes must be at least 1; got img_size {config.img_size}, patch_size {config.patch_size}."
-        )
-    if config.width % config.heads:
-        raise ModelError(
-            f"The width must be a multiple of the heads; got width {config.width}, {config.heads} heads."
-        )
+    if not 0.0 <= config.head_dropout < 1.0:
+        raise ModelError(f"head_dropout must lie in [0, 1); got {config.head_dropout}.")
     check_divides(*config.img_size, config.patch_size)
     if config.pool == "token" and not config.class_token:
         raise ModelError("pool='token' reads [CLS]: set class_token=True, or take pool='mean' or 'flatten'.")
