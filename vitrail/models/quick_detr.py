@@ -31,7 +31,7 @@ from vitrail.models.detector import Detector
 from vitrail.models.own_layouts import own_layout
 from vitrail.nn.anchors import AnchorDecoder, AnchorHead, group_bias, place_code
 from vitrail.nn.cells import cells_of, outside
-from vitrail.nn.decoder import Encoder
+from vitrail.nn.decoder import Encoder, padding_bias
 from vitrail.nn.feature_pyramid import FeaturePyramid
 from vitrail.nn.init import init_detr, skip_on_meta
 from vitrail.nn.shapes import BoxOutput
@@ -121,7 +121,7 @@ class QuickDetr(Detector):
         tokens = torch.cat([map.flatten(2).transpose(1, 2) for map in maps], dim=1)  # [B, N, D]
         codes = place_code(cells[..., :2].flip(-1), tokens.shape[2] // 2).to(tokens.dtype)  # of (y, x)
         hidden = outside(cells) if padding is not None else None
-        bias = _bias(hidden, tokens)
+        bias = None if hidden is None else padding_bias(hidden, tokens)
         memory = self._encode(tokens, codes, bias, [map.shape[2] * map.shape[3] for map in maps])
         logits, boxes = self.selector(memory, self._anchors(cells))
         boxes = boxes.expand(tokens.shape[0], -1, -1)
@@ -173,14 +173,6 @@ class QuickDetr(Detector):
         """A layer's answer, one pair a group."""
         logits, boxes = (part.split(self.count, dim=1) for part in answer)
         return list(zip(logits, boxes, strict=True))
-
-
-def _bias(hidden: Tensor | None, like: Tensor) -> Tensor | None:
-    """-inf at cells of the padding, `[B, 1, 1, N]`."""
-    if hidden is None:
-        return None
-    zeros = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-    return zeros.masked_fill(hidden, -torch.inf)[:, None, None]
 
 
 def build(config: Config) -> QuickDetr:

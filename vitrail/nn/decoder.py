@@ -213,7 +213,8 @@ class Decoder(nn.Module):
 
 
 def padding_bias(padding: Tensor, like: Tensor) -> Bias:
-    """0 where a cell is real and -inf where it is padding, from `[B, h, w]`, True at padding, to `[B, 1, 1, h * w]`."""
+    """0 where a cell is real and -inf where it is padding, from `[B, h, w]` or `[B, N]`, True at padding, to
+    `[B, 1, 1, N]`."""
     bias = torch.zeros(padding.shape, dtype=like.dtype, device=like.device)
     return bias.masked_fill(padding, float("-inf")).flatten(1)[:, None, None]  # [B, 1, 1, N]
 
