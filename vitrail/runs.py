@@ -340,7 +340,7 @@ class InspectRun:
     images: tuple[str, ...] = ()
     """Pictures, folders or archives for the figures that need some; without them, only what the weights tell."""
     samples: int = 32
-    """Most pictures that are used."""
+    """Pictures in all, where folders or archives have more."""
     output: str | None = None
     """Folder for the figures; by default inspect/MODEL."""
     format: Format = "table"

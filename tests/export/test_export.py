@@ -139,7 +139,7 @@ def test_pictures_without_classes_will_do_for_the_proof(data: Path, model: Path)
     assert len(plain) == len(list(loose.iterdir())) and "not measured" in plain.notes[0]
     assert next(iter(plain))[1] is None
     engine.card = dataclasses.replace(engine.card, task="object-detection")
-    dense = DensePictures(run, engine, lambda source, count, seed: source)
+    dense = DensePictures(run, engine)
     assert len(dense) == len(plain) and "no score is measured" in dense.notes[0]
     assert next(iter(dense))[2] is None
 

@@ -76,6 +76,13 @@ class Source:
         """Some of the pictures, in the order given; the classes stay."""
         return Source(self.stores, self._rows[np.asarray(indices, dtype=np.int64)], self.classes, self.notes)
 
+    def sample(self, count: int, seed: int) -> Source:
+        """So many of the pictures (0 = all), chosen by the seed, in their order."""
+        if count == 0 or count >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))[:count]
+        return self.subset(np.sort(order))
+
     def at(self, stores: Sequence[Store], rows: Array) -> Source:
         """The same pictures kept elsewhere (data.cache); `rows` `[N, 2]` name store and entry of each."""
         return Source(stores, np.concatenate([rows, self._rows[:, 2:]], axis=1), self.classes, self.notes)
@@ -125,6 +132,12 @@ class Splits:
     """The splits that the data itself names; empty where it names none."""
     notes: tuple[str, ...]
     """What was decided or is odd about the data: for people, one sentence each."""
+
+    @property
+    def scored(self) -> Source:
+        """What a model is scored on: val, else test, where the data names them; else everything."""
+        found = self.val if "val" in self.given else self.test if "test" in self.given else None
+        return self.everything if found is None else found
 
 
 def open_splits(

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -110,7 +109,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
         pictures = Pictures(run, reference)
     else:
         export_dense.check(run, reference.card.task)
-        pictures = DensePictures(run, reference, _some)
+        pictures = DensePictures(run, reference)
     deployed = Deployed(reference.network)
     program = capture(deployed, free_size=run.free_size)
     if run.format == "torch" and program.free_size and not takes_one(program):
@@ -194,16 +193,15 @@ class Pictures:
         try:
             splits = open_splits(run.data)
         except DataError as error:  # a folder of pictures will do; what is neither says so itself
-            self.source = _some(open_pictures(run.data), run.samples, run.seed)
+            self.source = open_pictures(run.data).sample(run.samples, run.seed)
             self.notes.append(f"accuracy is not measured: {error}")
             return
-        found = splits.val if "val" in splits.given else splits.test if "test" in splits.given else None
-        source = splits.everything if found is None else found
+        source = splits.scored
         known = _known(source, reference.card)
         self.labelled = isinstance(known, Source)
         if isinstance(known, str):
             self.notes.append(f"accuracy is not measured: {known}")
-        self.source = _some(known if isinstance(known, Source) else source, run.samples, run.seed)
+        self.source = (known if isinstance(known, Source) else source).sample(run.samples, run.seed)
 
     def __iter__(self) -> Iterator[tuple[Sequence[Tensor], Sequence[int] | None]]:
         if self.source is None:
@@ -358,7 +356,7 @@ def _calibration(run: ExportRun) -> Iterator[list[Tensor]]:
     """Decoded pictures for the calibration, a few at a time; unreadable ones are passed over."""
     splits = open_splits(run.calibrate)
     source = splits.train if splits.train is not None and "train" in splits.given else splits.everything
-    source = _some(source, run.calibration_samples, run.seed)
+    source = source.sample(run.calibration_samples, run.seed)
     ready: list[Tensor] = []
     for number in range(len(source)):
         try:
@@ -443,14 +441,6 @@ def _known(source: Source, card: Card) -> Source | str:
         return source.called(card.names).relabel(card.labels)
     except DataError as error:
         return str(error)
-
-
-def _some(source: Source, count: int, seed: int) -> Source:
-    """That many of the pictures, chosen by the seed."""
-    if count == 0 or count >= len(source):
-        return source
-    order = np.random.default_rng(seed).permutation(len(source))[:count]
-    return source.subset(np.sort(order))
 
 
 def _with_proof(label: Label, proof: Proof | DenseProof) -> Label:

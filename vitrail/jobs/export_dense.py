@@ -13,7 +13,7 @@ from vitrail.data.dense import kinds_of
 from vitrail.data.dense_loader import pad_together
 from vitrail.data.image import decode
 from vitrail.data.sample import photographs
-from vitrail.data.sources import Source, open_pictures
+from vitrail.data.sources import open_pictures
 from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine
 from vitrail.errors import ConfigError, DataError, ImageError
@@ -44,8 +44,7 @@ def check(run: ExportRun, task: str) -> None:
 class DensePictures:
     """Prepared pictures with padding and targets, for the proof: the run's data, else photographs without targets."""
 
-    def __init__(self, run: ExportRun, reference: Engine, some: Callable[[Any, int, int], Any]) -> None:
-        """some: takes a source, a count and a seed to that many of its pictures."""
+    def __init__(self, run: ExportRun, reference: Engine) -> None:
         self.engine = reference
         self.notes: list[str] = []
         self.name = "cuttings of two photographs"
@@ -56,7 +55,7 @@ class DensePictures:
         self.name = ", ".join(Path(path).name for path in run.data)
         try:
             splits, notes = open_for(reference, run.data, run.model)
-            source, more = in_models_order(_scored(splits), reference)
+            source, more = in_models_order(splits.scored, reference)
             self.notes += [*notes, *more]
         except DataError as error:
             self.annotated, source = False, open_pictures(run.data)
@@ -64,7 +63,7 @@ class DensePictures:
             self.notes.append(
                 f"no score is measured: {'no boxes or masks lie beside the pictures' if bare else error}"
             )
-        self.source = some(source, run.samples, run.seed)
+        self.source = source.sample(run.samples, run.seed)
 
     def __len__(self) -> int:
         return PHOTOGRAPHS if self.source is None else len(self.source)
@@ -111,9 +110,3 @@ def prove(
             answering(reference), answering(candidate), pictures, task,
             precision=candidate.precision, pictures=pictures.name, watch=watch,
         )  # fmt: skip
-
-
-def _scored(splits: Any) -> Source:
-    found = splits.val if "val" in splits.given else splits.test if "test" in splits.given else None
-    source: Source = splits.everything if found is None else found
-    return source
