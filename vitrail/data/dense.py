@@ -17,7 +17,7 @@ import numpy as np
 
 from vitrail.data import coco, masks, voc
 from vitrail.data.boxes import Annotated, BoxSource, BoxTable, cleaned
-from vitrail.data.finding import DIGITS, is_picture, some
+from vitrail.data.finding import DIGITS, is_picture, some, with_validation
 from vitrail.data.masks import MaskSource
 from vitrail.data.sources import Source, Splits
 from vitrail.data.stores import Folder, Store, entries, open_store
@@ -230,11 +230,7 @@ def _pools(
         raise ConfigError(f"val_share must lie in [0, 1), got {val_share}.")
     found = [item for path in map(str, paths) for item in read(path)]
     if val:
-        beside = [item for path in map(str, val) for item in read(path)]
-        named = {item.split for item in beside}
-        chosen = "val" if "val" in named else "test" if "test" in named else None
-        beside = [item._replace(split="val") for item in beside if chosen in (None, item.split)]
-        found = [item for item in found if item.split != "val"] + beside
+        found = with_validation(found, [item for path in map(str, val) for item in read(path)])
     given = tuple(name for name in ("train", "val", "test") if any(item.split == name for item in found))
     pools = {name: [item for item in found if item.split == name] for name in ("train", "val", "test")}
     loose = [item for item in found if item.split not in pools]

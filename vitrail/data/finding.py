@@ -201,11 +201,24 @@ def _digits_table() -> np.ndarray[Any, np.dtype[np.float64]]:
         return np.loadtxt(file, delimiter=",")
 
 
+def with_validation(found: list[Any], beside: list[Any]) -> list[Any]:
+    """What was found, with other pictures in place of its own val/: of those their val/, else their test/, else all.
+
+    Both hold named tuples with a field `split`, such as Found.
+    """
+    named = {item.split for item in beside}
+    chosen = "val" if "val" in named else "test" if "test" in named else None
+    validation = [item._replace(split="val") for item in beside if chosen in (None, item.split)]
+    return [item for item in found if item.split != "val"] + validation
+
+
 def is_picture(name: str) -> bool:
+    """Whether a file is, by its ending, a picture of a kind that is read."""
     return os.path.splitext(name)[1].lower() in SUFFIXES
 
 
 def some(names: Iterable[object], most: int = 5) -> str:
+    """The first of the names and the number of the others, for a message: a, b, c and 12 more."""
     listed = [str(name) for name in names]
     rest = f" and {len(listed) - most} more" if len(listed) > most else ""
     return ", ".join(listed[:most]) + rest

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vitrail.data.finding import OTHER_TASKS, SPLITS, Found, find, is_picture, some
+from vitrail.data.finding import OTHER_TASKS, SPLITS, Found, find, is_picture, some, with_validation
 from vitrail.data.image import SUFFIXES
 from vitrail.data.stores import Array, Store, entries, open_store
 from vitrail.errors import ConfigError, DataError, suggestion
@@ -159,11 +159,7 @@ def open_splits(
     notes: list[str] = []
     found = [item for path in paths for item in find(path, stores, notes)]
     if val:
-        beside = [item for path in val for item in find(path, stores, notes)]
-        named = {item.split for item in beside}
-        chosen = "val" if "val" in named else "test" if "test" in named else None
-        beside = [item._replace(split="val") for item in beside if chosen in (None, item.split)]
-        found = [item for item in found if item.split != "val"] + beside
+        found = with_validation(found, [item for path in val for item in find(path, stores, notes)])
     given = tuple(name for name in ("train", "val", "test") if any(item.split == name for item in found))
     pools = {name: [item for item in found if item.split == name] for name in ("train", "val", "test", "")}
     if pools[""]:

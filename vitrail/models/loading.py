@@ -180,6 +180,7 @@ def context(module: ModuleType, config: Any, card: Card | None = None) -> dict[s
 
 
 def shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a model's tensors."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
