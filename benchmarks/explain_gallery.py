@@ -32,8 +32,8 @@ from vitrail.explain.methods import METHODS, Options, heat_of
 from vitrail.models import registry
 from vitrail.models.model import Model
 from vitrail.tasks.boxes import iou, to_corners
-from vitrail.tasks.choose import choose
 from vitrail.tasks.detect import BoxTarget
+from vitrail.tasks.registry import make_task
 from vitrail.weights.shipped import names
 
 CLASSES = (0, 1, 3, 4, 7)
@@ -132,7 +132,7 @@ def trained(family: str, world: World, steps: int) -> tuple[Model, int]:
     model = registry.from_config(next(iter(module.VARIANTS)), config).train()
     whole = dataclasses.replace(model.card.preprocessing, crop_pct=1.0)  # nothing is cut off
     model.card = dataclasses.replace(model.card, labels=tuple(labels), preprocessing=whole)
-    judge = choose(task, labels, weights=WEIGHTS if "noise" in labels else None)
+    judge = make_task(task, labels, weights=WEIGHTS if "noise" in labels else None)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=3e-3, total_steps=steps)
     generator = torch.Generator().manual_seed(0)
@@ -158,7 +158,7 @@ def right(model: Model, scene: Scene) -> float:
         same = (output.logits.argmax(1) == scene.labels[:, None, None]) & scene.digit
         found = same.sum(dim=(1, 2)) > scene.digit.sum(dim=(1, 2)) / 2
     else:
-        judge = choose(model.card.task, model.card.labels or ())
+        judge = make_task(model.card.task, model.card.labels or ())
         found = torch.zeros(len(scene.labels), dtype=torch.bool)
         for number, (_, classes, boxes) in enumerate(judge.detections(output)):
             box = scene.boxes[number : number + 1]

@@ -28,7 +28,7 @@ from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.transforms import Preprocess, colour
 from vitrail.engines import Engine, open_engine
 from vitrail.errors import ConfigError, DataError, ImageError
-from vitrail.tasks.choose import choose
+from vitrail.tasks.registry import make_task
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +91,7 @@ class Predictor:
             raise ConfigError(f"threshold is a score in 0..1; got {threshold}.")
         self.engine: Engine = open_engine(model, engine, device=device, precision=precision)
         self.labels = class_names(self.engine)
-        self.task: Any = choose(self.engine.card.task, self.labels)
+        self.task: Any = make_task(self.engine.card.task, self.labels)
         self.threshold = threshold
         dense = self.engine.card.task != "image-classification"
         self.batch_size = together(batch_size, self.engine.card.preprocessing) if dense else batch_size

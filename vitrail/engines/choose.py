@@ -23,7 +23,7 @@ from vitrail.engines.graph_cache import GraphCache
 from vitrail.errors import ProofError, VitrailError
 from vitrail.export.parity import BOUNDS, Bounds, Proof, prove
 from vitrail.export.parity_dense import DenseProof, answering, prove_dense
-from vitrail.tasks.choose import choose
+from vitrail.tasks.registry import make_task
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ def check_dense(reference: Any, engine: Any, prepare: Preprocess, precision: str
         for picture in photographs(LOOKS_DENSE)
     ]
     return prove_dense(
-        answering(reference), answering(engine), batches, choose(reference.card.task, labels),
+        answering(reference), answering(engine), batches, make_task(reference.card.task, labels),
         precision=precision, pictures="photographs",
     )  # fmt: skip
 

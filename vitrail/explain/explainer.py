@@ -38,9 +38,9 @@ from vitrail.explain.places import PIXELS
 from vitrail.explain.questions import Asked, box_question, region_question
 from vitrail.explain.still import held_still
 from vitrail.models.registry import name_of
-from vitrail.tasks.choose import choose as choose_task
 from vitrail.tasks.classify import Classify, Prediction
 from vitrail.tasks.detect import Detect
+from vitrail.tasks.registry import make_task
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -224,7 +224,7 @@ class Explainer:
         )
         task = self.engine.card.task
         if task != "image-classification":
-            self.network = Asked(self.network, choose_task(task, self.labels))
+            self.network = Asked(self.network, make_task(task, self.labels))
         self._lock = threading.Lock()
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vitrail.data.dense_loader import Several
 from vitrail.data.joint import BoxLabels
-from vitrail.tasks.choose import choose
+from vitrail.tasks.registry import make_task
 
 OBJECTS = 8
 """Boxes in each picture."""
@@ -19,7 +19,7 @@ OBJECTS = 8
 def dense_loss(model: Any, images: Tensor) -> Callable[[Any], Tensor]:
     """From the network's answer to these images `[B, C, I, J]` to the loss against targets drawn once."""
     labels = [f"class {index}" for index in range(model.num_classes)]
-    task = choose(model.card.task, labels, auxiliary=getattr(model.config, "auxiliary_weight", 0.4))
+    task = make_task(model.card.task, labels, auxiliary=getattr(model.config, "auxiliary_weight", 0.4))
     rows, columns = (int(side) for side in images.shape[2:])
     if model.card.task == "image-segmentation":
         targets: Any = torch.randint(len(labels), (len(images), rows, columns), device=images.device)

@@ -30,7 +30,7 @@ from vitrail.jobs.train import TrainResult, train
 from vitrail.models import registry
 from vitrail.runs import BenchRun, CompareRun, TrainRun
 from vitrail.runtime import choose_device
-from vitrail.tasks.choose import facts_of
+from vitrail.tasks.registry import facts_of
 from vitrail.train.log import Note, Reporter
 from vitrail.weights import folder as folders
 

@@ -16,7 +16,7 @@ from vitrail.data.loader import Loader
 from vitrail.data.sources import Splits, open_splits
 from vitrail.errors import ConfigError, DataError
 from vitrail.models import registry
-from vitrail.tasks.choose import facts_of
+from vitrail.tasks.registry import facts_of
 from vitrail.weights import folder as folders
 from vitrail.weights.card import Card, Preprocessing
 

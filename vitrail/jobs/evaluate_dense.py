@@ -20,8 +20,8 @@ from vitrail.evaluate import evaluate as run_batches
 from vitrail.jobs.dense_data import held_back, kind_for, loader_in_order, open_kind, why_nothing
 from vitrail.jobs.overlays import draw_target
 from vitrail.runs import EvaluateRun
-from vitrail.tasks.choose import choose
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, side_by_side
+from vitrail.tasks.registry import make_task
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def score(
     loader = loader_in_order(
         source, engine.card.preprocessing, batch_size=size, workers=workers(len(source)), max_bad_share=1.0
     )  # fmt: skip
-    task = choose(engine.card.task, labels)
+    task = make_task(engine.card.task, labels)
     metrics, worst, done = task.metrics(), Worst(task, source.kind), 0
 
     def seen(output: Any, batch: Any) -> None:

@@ -21,7 +21,7 @@ from vitrail.export.parity_dense import DenseProof, answering, prove_dense
 from vitrail.jobs.dense_data import loader_in_order, rows
 from vitrail.jobs.evaluate_dense import in_models_order, open_for
 from vitrail.runs import ExportRun
-from vitrail.tasks.choose import choose
+from vitrail.tasks.registry import make_task
 
 BATCH = 4
 """Pictures that the proof shows at a time: answers of dense models are large."""
@@ -104,7 +104,7 @@ def prove(
 ) -> DenseProof:
     """How far an exported file strays from its network."""
     labels = reference.card.labels or tuple(f"class {number}" for number in range(reference.classes))
-    task = choose(reference.card.task, labels)
+    task = make_task(reference.card.task, labels)
     with torch.no_grad():
         return prove_dense(
             answering(reference), answering(candidate), pictures, task,

@@ -31,7 +31,7 @@ from vitrail.jobs.training_keep import Keeper
 from vitrail.nn.joint_norm import join_batch_norms
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
-from vitrail.tasks.choose import choose, facts_of
+from vitrail.tasks.registry import facts_of, make_task
 from vitrail.train import state
 from vitrail.train.average import Average
 from vitrail.train.features import FeatureBatches, compute_features
@@ -114,7 +114,7 @@ class _Job:
         self.model = parts.build_model(run, self.data, self.say)
         if runtime.world > 1:
             join_batch_norms(self.model, runtime.add_up)
-        self.task = choose(
+        self.task = make_task(
             self.data.task,
             self.data.classes,
             smoothing=run.smoothing or 0.0,

@@ -30,7 +30,7 @@ SMALLEST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
+class PanopticSegment:
     """One region of a panoptic map."""
 
     number: int
@@ -52,7 +52,7 @@ class PanopticPrediction:
     source: str = ""
     map: Int[Tensor, "I J"] | None = None
     """The segment's number at each pixel of the original picture; -1 where nothing was found."""
-    segments: tuple[Segment, ...] = ()
+    segments: tuple[PanopticSegment, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, without the map: id, label, index, isthing, score and area (pixels) of each segment."""
@@ -201,13 +201,13 @@ def _told(
 ) -> PanopticPrediction:
     """The record, its segments numbered from 0."""
     numbers = torch.full((len(pixels),), -1, dtype=torch.int64, device=owner.device)
-    segments: list[Segment] = []
+    segments: list[PanopticSegment] = []
     for place in pixels.nonzero().flatten().tolist():
         index = int(indices[place])
         same = scores[indices == index].max() if index not in things else scores[place]
         numbers[place] = len(segments)
         segments.append(
-            Segment(
+            PanopticSegment(
                 number=len(segments),
                 label=labels[index],
                 index=index,

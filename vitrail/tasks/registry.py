@@ -1,4 +1,4 @@
-"""Which task a model is for: from the word on its card to the object that knows loss, decoding and metrics."""
+"""The tasks by the word on a model's card, and the object that knows a task's loss, decoding and metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from vitrail.errors import ConfigError
 
 
-class Facts(NamedTuple):
+class TaskFacts(NamedTuple):
     """What the verbs must know of a task."""
 
     words: str
@@ -22,26 +22,28 @@ class Facts(NamedTuple):
     """Metrics that are written on a model's card and shown in tables, the most important first."""
 
 
-TASKS: dict[str, Facts] = {
-    "image-classification": Facts("classifies whole pictures", "acc1", "top-1, %", ("acc1", "acc5", "loss")),
-    "object-detection": Facts(
+TASKS: dict[str, TaskFacts] = {
+    "image-classification": TaskFacts(
+        "classifies whole pictures", "acc1", "top-1, %", ("acc1", "acc5", "loss")
+    ),
+    "object-detection": TaskFacts(
         "finds objects as boxes", "ap", "AP, %", ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     ),
-    "image-segmentation": Facts(
+    "image-segmentation": TaskFacts(
         "gives every pixel a class", "miou", "mIoU, %", ("miou", "pixel_acc", "mean_acc", "loss")
     ),
 }
 """By the word that a card has under `task`."""
 
 
-def facts_of(task: str) -> Facts:
+def facts_of(task: str) -> TaskFacts:
     """What the verbs must know of a task. Raises ConfigError for a word that is none."""
     if task not in TASKS:
         raise ConfigError(f"A model's task is one of {', '.join(TASKS)}; its card says {task!r}.")
     return TASKS[task]
 
 
-def choose(
+def make_task(
     task: str,
     labels: Sequence[str],
     *,
