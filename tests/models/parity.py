@@ -49,7 +49,6 @@ def difference(
     state = {key: value.contiguous() for key, value in shaken(theirs).state_dict().items()}
     save_file(state, folder / "theirs.safetensors")
     ours = create_model(name, pretrained=folder / "theirs.safetensors", **changes).eval()
-    assert not ours.receipt.left
     channels = ours.config.in_chans
     images = torch.randn(2, channels, *size, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -194,7 +194,6 @@ def read_from(theirs: Any, folder: Path, name: str = "detr_resnet50", **changes:
     state = {key: value.contiguous() for key, value in theirs.state_dict().items()}
     save_file(state, folder / "theirs.safetensors")
     ours = create_model(name, pretrained=folder / "theirs.safetensors", **(SMALL | changes)).eval()
-    assert not ours.receipt.left
     return ours
 
 

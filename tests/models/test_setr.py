@@ -213,7 +213,7 @@ def test_loads_what_mmsegmentation_writes(decoder: str, tmp_path: Path) -> None:
     save_file(mmsegmentation(model), tmp_path / "theirs.safetensors")
     fresh = tiny(**changes).eval()
     receipt = loading.load_pretrained(fresh, tmp_path / "theirs.safetensors")
-    assert receipt.layout == "mmsegmentation" and not receipt.left and not receipt.fresh
+    assert receipt.layout == "mmsegmentation" and not receipt.fresh
     images = torch.randn(1, 3, 32, 32)
     with torch.inference_mode():
         assert torch.equal(fresh(images).logits, model(images).logits)

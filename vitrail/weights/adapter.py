@@ -48,9 +48,6 @@ class Receipt:
     fresh: tuple[str, ...] = ()
     """Tensors of ours that the answer does not hold: they stay as initialised."""
 
-    left: tuple[str, ...] = ()
-    """Keys that nothing explains; always empty, because `read` raises instead."""
-
     bytes: int = 0
     """Size of the tensors used."""
 

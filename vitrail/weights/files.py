@@ -170,7 +170,7 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> str:
 
         return replace_file(place, lambda temporary: save_file(plain, temporary, metadata={"format": "pt"}))
     if place.suffix == ".npz":
-        arrays = {name: _array(tensor, name) for name, tensor in plain.items()}
+        arrays = {name: _array(tensor) for name, tensor in plain.items()}
         return replace_file(place, lambda temporary: _save_npz(temporary, arrays))
     raise WeightsError(
         f"Weights are written as .safetensors or .npz, got {place.name!r} (pickles are never written)."
@@ -300,7 +300,7 @@ def _tensor(array: np.ndarray[Any, Any], name: str, path: Path) -> Tensor:
         raise WeightsError(f"{path}: {name} holds {array.dtype}, which is no tensor.") from None
 
 
-def _array(tensor: Tensor, name: str) -> np.ndarray[Any, Any]:
+def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view("V2")
     array: np.ndarray[Any, Any] = tensor.numpy()
