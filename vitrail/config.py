@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import tomllib
 import types
 import typing
@@ -41,6 +42,15 @@ def from_dict(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
 def to_dict(record: Any) -> dict[str, Any]:
     """The record as JSON-ready plain data; tuples become lists."""
     return {field.name: _plain(getattr(record, field.name)) for field in dataclasses.fields(record)}
+
+
+def finite(value: Any) -> Any:
+    """Plain data with None for numbers that are not finite, which JSON cannot say; tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace(record: T, **changes: Any) -> T:

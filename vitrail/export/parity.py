@@ -16,6 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vitrail.config import finite
 from vitrail.disk import write_atomically
 from vitrail.errors import DataError
 
@@ -57,10 +58,8 @@ class Findings:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; what is not finite is null."""
         own: Any = self
-        view = {**asdict(own), "failures": list(self.failures), "passed": self.passed}
-        return {
-            name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in view.items()
-        }
+        view: dict[str, Any] = finite({**asdict(own), "passed": self.passed})
+        return view
 
     @classmethod
     def from_dict(cls, view: dict[str, Any]) -> Self:
@@ -96,19 +95,6 @@ class Proof(Findings):
     """Which pictures were looked at."""
     failures: tuple[str, ...] = ()
     """What lies outside the bounds, in words; empty where all is well."""
-
-    def summary(self) -> str:
-        """One line for people."""
-        text = (
-            f"{self.images} pictures ({self.pictures}): the same first class in {100 * self.agreement:.2f} %,"
-            f" logits differ by {self.logits_max:.1e} of the largest at most, probabilities by"
-            f" {self.probability_max:.1e} at most and {self.probability_mean:.1e} on average"
-        )
-        if self.accuracy_before is not None and self.accuracy_after is not None:
-            text += (
-                f"; top-1 {100 * self.accuracy_before:.2f} % before, {100 * self.accuracy_after:.2f} % after"
-            )
-        return text
 
 
 def prove(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vitrail.config import to_dict
+from vitrail.config import finite, to_dict
 from vitrail.data.loader import Loader
 from vitrail.data.sources import Source, Splits, open_splits
 from vitrail.data.transforms import Preprocess
@@ -57,11 +56,8 @@ class Evaluation:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            "scores": {name: _finite(value) for name, value in self.scores.items()},
-            "classes": [
-                {key: _finite(value) if isinstance(value, float) else value for key, value in row.items()}
-                for row in self.classes
-            ],
+            "scores": finite(self.scores),
+            "classes": finite(self.classes),
             "split": self.split,
             "notes": list(self.notes),
             "skipped": list(self.skipped),
@@ -298,8 +294,3 @@ def _output(run: EvaluateRun) -> Path:
         return Path("evaluation")
     folder = model_folder(run.model)
     return (folder.parent if folder.name == "model" else Path()) / "evaluation"
-
-
-def _finite(value: float) -> float | None:
-    """JSON has no word for NaN."""
-    return value if math.isfinite(value) else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vitrail.config import finite
 from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.sources import open_pictures
 from vitrail.data.transforms import Preprocess, normalise
@@ -71,20 +71,11 @@ def inspect(run: InspectRun) -> Inspected:
         files.append(folder / f"{name}.png")
         write_atomically(files[-1], data)
     files.append(folder / "inspect.json")
-    told = _finite({**found.to_dict(), "note": note})
+    told = finite({**found.to_dict(), "note": note})
     write_atomically(
         files[-1], (json.dumps(told, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
     )
     return Inspected(anatomy=found, note=note, files=tuple(files))
-
-
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that are none: JSON has no word for them."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _batches(run: InspectRun, engine: TorchEngine) -> Iterator[Tensor]:
