@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vitrail.data.dense_loader import pad_together, together
+from vitrail.data.dense_loader import capped_batch_size, pad_together
 from vitrail.data.finding import is_picture, note_unread
 from vitrail.data.image import SUFFIXES, decode
 from vitrail.data.transforms import Preprocess, colour
@@ -94,7 +94,9 @@ class Predictor:
         self.task: Any = make_task(self.engine.card.task, self.labels)
         self.threshold = threshold
         dense = self.engine.card.task != "image-classification"
-        self.batch_size = together(batch_size, self.engine.card.preprocessing) if dense else batch_size
+        self.batch_size = (
+            capped_batch_size(batch_size, self.engine.card.preprocessing) if dense else batch_size
+        )
         self.top_k = top_k
         self.workers = workers or min(8, (os.cpu_count() or 1) + 1)
 

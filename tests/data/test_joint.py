@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vitrail.data.boxes import PictureBoxes
-from vitrail.data.dense_loader import DenseBatch, DenseBuilder, Several, together
+from vitrail.data.dense_loader import DenseBatch, DenseBuilder, Several, capped_batch_size
 from vitrail.data.joint import DenseTrainTransform, DenseTransform, JointAugmentation
 from vitrail.data.loader import FILLER, Loader
 from vitrail.errors import ConfigError, DataError
@@ -224,6 +224,6 @@ def test_illegal_augmentations_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_a_batch_has_no_more_pixels_than_memory_is_meant_for() -> None:
-    assert together(64, Preprocessing(input_size=(192, 256))) == 64
-    assert together(64, Preprocessing(input_size=(800, 1333))) == 7
-    assert together(64, Preprocessing(input_size=(4000, 4000))) == 1
+    assert capped_batch_size(64, Preprocessing(input_size=(192, 256))) == 64
+    assert capped_batch_size(64, Preprocessing(input_size=(800, 1333))) == 7
+    assert capped_batch_size(64, Preprocessing(input_size=(4000, 4000))) == 1

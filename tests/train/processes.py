@@ -24,7 +24,7 @@ from vitrail.runtime import open_runtime
 from vitrail.train.average import Average
 from vitrail.train.log import Progress
 from vitrail.train.loop import train
-from vitrail.train.optim import Recipe, build_optimiser
+from vitrail.train.optim import Hyperparameters, build_optimiser
 
 
 class Normed(Net):
@@ -55,7 +55,7 @@ def main(folder: Path, mode: str) -> int:
         network = run.network = Normed()
         join_batch_norms(network, runtime.add_up)
     run.network = runtime.prepare(network, blocks=list(network.blocks))  # type: ignore[arg-type]
-    run.optimiser = build_optimiser(network, Recipe(lr=1e-2), runtime)  # type: ignore[arg-type]
+    run.optimiser = build_optimiser(network, Hyperparameters(lr=1e-2), runtime)  # type: ignore[arg-type]
     run.average = Average(network, 0.9)
     losses = []
     try:

@@ -12,7 +12,7 @@ from vitrail.runtime import Runtime
 from vitrail.tasks.classify import Classify
 from vitrail.train.average import Average
 from vitrail.train.loop import Training
-from vitrail.train.optim import Recipe, build_optimiser
+from vitrail.train.optim import Hyperparameters, build_optimiser
 from vitrail.train.pace import Pace
 from vitrail.train.schedule import Schedule
 from vitrail.train.state import Place
@@ -108,7 +108,7 @@ def training(
     runtime = runtime or Runtime(device=torch.device("cpu"))
     task = Classify(["a", "b", "c"])
     batches = Batches(size=size) if batches is None else batches
-    recipe = Recipe(kind=kind, lr=lr)  # type: ignore[arg-type]
+    recipe = Hyperparameters(kind=kind, lr=lr)  # type: ignore[arg-type]
     return Training(
         network=net,
         runtime=runtime,

@@ -13,7 +13,7 @@ from vitrail.errors import ConfigError, WeightsError
 from vitrail.runtime import Runtime
 from vitrail.train.average import Average
 from vitrail.train.muon import Muon, orthogonal
-from vitrail.train.optim import Recipe, build_optimiser, parameter_groups
+from vitrail.train.optim import Hyperparameters, build_optimiser, parameter_groups
 
 CPU = Runtime(device=torch.device("cpu"))
 
@@ -23,7 +23,7 @@ def by_name(groups: list[dict[str, Any]], key: str) -> dict[str, float]:
 
 
 def test_matrices_decay_and_nothing_else() -> None:
-    decays = by_name(parameter_groups(Net(), Recipe(weight_decay=0.1)), "weight_decay")
+    decays = by_name(parameter_groups(Net(), Hyperparameters(weight_decay=0.1)), "weight_decay")
     assert {name for name, decay in decays.items() if decay} == {
         "stem.weight",
         "blocks.0.0.weight",
@@ -35,7 +35,7 @@ def test_matrices_decay_and_nothing_else() -> None:
 
 
 def test_layer_decay_lowers_the_rate_towards_the_image() -> None:
-    peaks = by_name(parameter_groups(Net(), Recipe(lr=1.0, layer_decay=0.5)), "peak")
+    peaks = by_name(parameter_groups(Net(), Hyperparameters(lr=1.0, layer_decay=0.5)), "peak")
     assert peaks["head.weight"] == 1.0
     assert peaks["blocks.1.0.weight"] == 0.5
     assert peaks["blocks.0.0.bias"] == 0.25
@@ -44,14 +44,14 @@ def test_layer_decay_lowers_the_rate_towards_the_image() -> None:
 
 def test_a_backbone_can_learn_slower_than_its_head() -> None:
     model = create_model("vit_nano_patch4_32", num_classes=3)
-    peaks = by_name(parameter_groups(model, Recipe(lr=1.0, backbone_lr=0.1)), "peak")
+    peaks = by_name(parameter_groups(model, Hyperparameters(lr=1.0, backbone_lr=0.1)), "peak")
     assert {name.partition(".")[0]: peak for name, peak in peaks.items()} == {"backbone": 0.1, "head": 1.0}
     assert {peak for name, peak in peaks.items() if name.startswith("backbone.")} == {0.1}
 
 
 def test_muon_takes_the_hidden_matrices_and_adamw_the_rest() -> None:
     net = Net()
-    optimiser = build_optimiser(net, Recipe(kind="muon"), CPU)
+    optimiser = build_optimiser(net, Hyperparameters(kind="muon"), CPU)
     first, second = optimiser.parts
     assert isinstance(first, Muon) and isinstance(second, torch.optim.AdamW)
     names = {name for group in first.param_groups for name in group["param_names"]}
@@ -108,11 +108,11 @@ def test_memory_goes_away_and_comes_back(kind: Any) -> None:
 
     torch.manual_seed(0)
     net = Net()
-    optimiser = build_optimiser(net, Recipe(kind=kind), CPU)
+    optimiser = build_optimiser(net, Hyperparameters(kind=kind), CPU)
     step(net, optimiser)
     again = Net()
     again.load_state_dict(net.state_dict())
-    other = build_optimiser(again, Recipe(kind=kind), CPU)
+    other = build_optimiser(again, Hyperparameters(kind=kind), CPU)
     other.load({name: value.clone() for name, value in optimiser.state().items()})
     step(net, optimiser)
     step(again, other)
@@ -120,7 +120,7 @@ def test_memory_goes_away_and_comes_back(kind: Any) -> None:
 
 
 def test_memory_of_another_network_is_refused() -> None:
-    optimiser = build_optimiser(Net(), Recipe(), CPU)
+    optimiser = build_optimiser(Net(), Hyperparameters(), CPU)
     with pytest.raises(WeightsError, match="no parameter for other/exp_avg"):
         optimiser.load({"other/exp_avg": torch.zeros(1)})
     with pytest.raises(WeightsError, match=r"is \[3\], its parameter \[8\]"):
@@ -140,13 +140,13 @@ def test_memory_of_another_network_is_refused() -> None:
 )
 def test_illegal_numbers_name_their_field(field: str, value: float) -> None:
     with pytest.raises(ConfigError, match=field):
-        Recipe(**{field: value})  # type: ignore[arg-type]
+        Hyperparameters(**{field: value})  # type: ignore[arg-type]
 
 
 def test_nothing_to_train_is_said() -> None:
     net = Net().requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing to train"):
-        build_optimiser(net, Recipe(), CPU)
+        build_optimiser(net, Hyperparameters(), CPU)
 
 
 def test_the_average_forgets_the_start_at_once_and_follows_slowly_later() -> None:

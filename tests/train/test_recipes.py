@@ -18,7 +18,7 @@ from vitrail.jobs.training_parts import read_fields, size_of
 from vitrail.models import registry
 from vitrail.runs import TrainRun
 from vitrail.tasks.classify import Classify
-from vitrail.train.optim import Recipe
+from vitrail.train.optim import Hyperparameters
 from vitrail.train.schedule import Schedule
 
 HOME = find_recipe("papers/vit_small_patch16_224").parents[1]
@@ -47,7 +47,7 @@ def test_a_recipe_is_complete_and_every_part_of_the_run_takes_it(name: str) -> N
     assert not {field for choice in choices for field in choice.fields} - {"workers"}
     assert chosen.lr and chosen.scale and chosen.betas and chosen.crop and chosen.aa
     smoothing, mixup, cutmix = chosen.smoothing or 0.0, chosen.mixup or 0.0, chosen.cutmix or 0.0
-    Recipe(
+    Hyperparameters(
         kind=chosen.opt or "adamw",
         lr=chosen.lr,
         weight_decay=chosen.weight_decay or 0.0,

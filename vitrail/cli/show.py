@@ -114,13 +114,13 @@ class Messages(logging.Handler):
 
     console: Console | None = None
 
-    def __init__(self, but: str = "") -> None:
-        """`but`: a logger that is left out, because what it says is shown in another way."""
+    def __init__(self, without: str = "") -> None:
+        """`without`: a logger that is left out, because what it says is shown in another way."""
         super().__init__()
-        self.but = but
+        self.without = without
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.name == self.but:
+        if record.name == self.without:
             return
         text = record.getMessage()
         line = text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
@@ -131,9 +131,9 @@ class Messages(logging.Handler):
 
 
 @contextmanager
-def messages(but: str = "") -> Iterator[Messages]:
+def messages(without: str = "") -> Iterator[Messages]:
     """While inside, vitrail's log goes to stderr; that of one logger can be left out."""
-    logger, handler = logging.getLogger("vitrail"), Messages(but)
+    logger, handler = logging.getLogger("vitrail"), Messages(without)
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG if os.environ.get("VITRAIL_DEBUG") else logging.INFO)

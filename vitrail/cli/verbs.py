@@ -40,7 +40,7 @@ def train(run: TrainRun) -> int:
     from vitrail.jobs.train import train as job
 
     # The job logs what it reports, for the run's train.log; here the view shows it.
-    with show.messages(but="vitrail.jobs.train") as handler, TrainingView(handler) as view:
+    with show.messages(without="vitrail.jobs.train") as handler, TrainingView(handler) as view:
         result = job(run, view)
     if os.environ.get("RANK", "0") != "0":
         return 0
@@ -369,7 +369,7 @@ def compare(run: CompareRun) -> int:
     from vitrail.jobs.compare import compare as job
     from vitrail.jobs.compare_report import COST_COLUMNS, accuracy_columns, accuracy_rows, cost_rows
 
-    with show.messages(but="vitrail.jobs.train") as handler, TrainingView(handler) as view:
+    with show.messages(without="vitrail.jobs.train") as handler, TrainingView(handler) as view:
         found = job(run, view)
     if found.cells:
         columns = accuracy_columns(list(found.cells))

@@ -104,7 +104,7 @@ def check_size(name: str, size: tuple[int, int], target: Any) -> None:
         )
 
 
-def together(most: int, preprocessing: Preprocessing) -> int:
+def capped_batch_size(most: int, preprocessing: Preprocessing) -> int:
     """How many pictures go through a dense network together: `most`, but no more than have `MOST_PIXELS`; one at
     least."""
     rows, columns = preprocessing.input_size

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vitrail.data.dense_loader import together
+from vitrail.data.dense_loader import capped_batch_size
 from vitrail.data.image import decode
 from vitrail.data.sources import Splits
 from vitrail.errors import DataError
@@ -69,7 +69,7 @@ def score(
     source, more = in_models_order(source, engine)
     notes += more
     labels = source.classes
-    size = together(run.batch_size, engine.card.preprocessing)
+    size = capped_batch_size(run.batch_size, engine.card.preprocessing)
     loader = loader_in_order(
         source, engine.card.preprocessing, batch_size=size, workers=workers(len(source)), max_bad_share=1.0
     )  # fmt: skip

@@ -110,7 +110,7 @@ def steps_per_epoch(run: TrainRun, facts: Facts) -> float:
     return facts.images / ((run.batch_size or 1) * run.grad_accum_steps)
 
 
-def average(run: TrainRun, facts: Facts, epochs: int) -> float:
+def ema_decay(run: TrainRun, facts: Facts, epochs: int) -> float:
     """A decay of averaged weights whose memory is about so many epochs, and at most a twentieth of the run."""
     an_epoch = steps_per_epoch(run, facts)
     memory = max(10.0, min(epochs * an_epoch, passes(run, facts) * an_epoch / 20))
@@ -254,7 +254,7 @@ def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     drop = 0.1 if long_enough else 0.0
     smoothing = 0.0 if run.loss == "bce" else 0.1  # smoothed, every class would count as present
     yield Choice(fields={"drop_path": drop, "smoothing": smoothing}, reason="against learning by heart")
-    yield Choice(fields={"model_ema": average(run, facts, 2)}, reason="weights averaged over two epochs")
+    yield Choice(fields={"model_ema": ema_decay(run, facts, 2)}, reason="weights averaged over two epochs")
     if _from_scratch(run) and long_enough and not facts.digits:
         yield Choice(fields={"mixup": 0.2, "cutmix": 1.0}, reason="mixed pictures stand in for missing ones")
     else:

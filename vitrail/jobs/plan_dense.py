@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from vitrail.data.dense import Kind
 from vitrail.errors import ConfigError
 from vitrail.jobs.dense_data import DEFAULTS
-from vitrail.jobs.plan import Choice, Facts, average, passes
+from vitrail.jobs.plan import Choice, Facts, ema_decay, passes
 from vitrail.runs import TrainRun
 
 
@@ -70,7 +70,7 @@ def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
 
 def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     yield Choice(fields={"smoothing": 0.0, "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "aa": "none"})
-    yield Choice(fields={"model_ema": average(run, facts, 4)}, reason="weights averaged over a few epochs")
+    yield Choice(fields={"model_ema": ema_decay(run, facts, 4)}, reason="weights averaged over a few epochs")
 
 
 def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:

@@ -23,22 +23,20 @@ from vitrail.engines.pytorch import in_float32
 from vitrail.errors import ConfigError, TrainingError
 from vitrail.evaluate import evaluate
 from vitrail.jobs import plan as plans
+from vitrail.jobs import training_checkpoints as checkpoints
 from vitrail.jobs import training_data as pictures
-from vitrail.jobs import training_keep as keeping
 from vitrail.jobs import training_parts as parts
 from vitrail.jobs.dense_data import rows, why_nothing
-from vitrail.jobs.training_keep import Keeper
+from vitrail.jobs.training_checkpoints import Checkpointer
 from vitrail.nn.joint_norm import join_batch_norms
 from vitrail.runs import TrainRun
 from vitrail.runtime import Runtime, open_runtime
 from vitrail.tasks.registry import facts_of, make_task
-from vitrail.train import state
+from vitrail.train import loop, state
 from vitrail.train.average import Average
 from vitrail.train.features import FeatureBatches, compute_features
 from vitrail.train.log import Log, Note, Record, Reporter, Scores, Stopped, draw_curves, read_log
-from vitrail.train.loop import Training
-from vitrail.train.loop import train as steps
-from vitrail.train.optim import Recipe, build_optimiser
+from vitrail.train.optim import Hyperparameters, build_optimiser
 from vitrail.train.pace import Pace
 from vitrail.train.schedule import Schedule
 from vitrail.train.state import Place
@@ -97,9 +95,9 @@ class _Job:
         """Pictures to score of which it was said that some cannot be read."""
         self.data = pictures.open_data(run, self.say)
         self.folder = Path(run.output or _default_folder(run))
-        self.found = keeping.find_checkpoint(run, self.folder, runtime)
+        self.found = checkpoints.find_checkpoint(run, self.folder, runtime)
         if self.found is not None:
-            run = keeping.take_up(run, self.found, self.data.fingerprint, self.say)
+            run = checkpoints.continued(run, self.found, self.data.fingerprint, self.say)
         facts = parts.gather_facts(run, self.data, runtime)
         self.run, choices = plans.choose(run, facts)
         for choice in choices:
@@ -132,7 +130,7 @@ class _Job:
         batches = self._batches()
         cached = isinstance(batches, FeatureBatches)
         self.pace = self._pace(len(batches))
-        recipe = Recipe(
+        settings = Hyperparameters(
             kind=run.opt or "adamw",
             lr=cast(float, run.lr),
             weight_decay=cast(float, run.weight_decay),
@@ -141,9 +139,9 @@ class _Job:
             layer_decay=cast(float, run.layer_decay),
             backbone_lr=run.backbone_lr,
         )
-        self.optimiser = build_optimiser(cast(Any, self.model), recipe, runtime)
+        self.optimiser = build_optimiser(cast(Any, self.model), settings, runtime)
         self.average = Average(self.model, run.model_ema) if run.model_ema else None
-        self.keeper = Keeper(
+        self.checkpointer = Checkpointer(
             folder=self.folder,
             run=run,
             runtime=runtime,
@@ -152,12 +150,12 @@ class _Job:
             average=self.average,
             pace=self.pace,
             fingerprint=self.data.fingerprint,
-            judged_by=self.data.val.fingerprint() if self.data.val is not None else None,
+            validation_fingerprint=self.data.val.fingerprint() if self.data.val is not None else None,
             say=self.say,
             classes=self.data.classes,
         )
-        self.place = Place() if self.found is None else self.keeper.restore(self.found)
-        training = Training(
+        self.place = Place() if self.found is None else self.checkpointer.restore(self.found)
+        training = loop.Training(
             network=self.model.get_classifier() if cached else network,
             runtime=runtime,
             batches=cast(Any, batches),
@@ -173,15 +171,15 @@ class _Job:
             before_step=self._set_patch_drop if run.patch_drop else None,
             frozen=frozen,
             evaluate=self._evaluate if self.data.val is not None else None,
-            save=self.keeper.save,
-            keep_best=self.keeper.save_best,
+            save=self.checkpointer.save,
+            keep_best=self.checkpointer.save_best,
             score=self.facts.score,
         )
         self.say(Note(text=self._summary()))
         reason = "done"
         with self._logging():
             with runtime.watch("training"):
-                for record in steps(training):
+                for record in loop.train(training):
                     self.report(record)
                     reason = record.reason if isinstance(record, Stopped) else reason
             skipped = getattr(batches, "skipped", {})
@@ -290,9 +288,9 @@ class _Job:
 
     def _finish(self, reason: str) -> TrainResult:
         """Writes the model folder and the curves, and scores what was written."""
-        best = self.keeper.checkpoints / f"best-{self.place.best_step or 0:08d}"
+        best = self.checkpointer.checkpoints / f"best-{self.place.best_step or 0:08d}"
         step = self.place.step
-        weights = self.runtime.gather(self.keeper.scored())
+        weights = self.runtime.gather(self.checkpointer.scored())
         scores: dict[str, dict[str, float]] = {}
         if self.runtime.main:
             if self.place.best_step is not None:

@@ -111,13 +111,13 @@ def train(training: Training) -> Iterator[Record]:
                 yield meter.progress(t.optimiser.rate, passing=True)
             if t.evaluate is not None and pace.evaluates(place.step):
                 with meter.paused():
-                    scores = examine(t)
+                    scores = validate(t)
                 yield scores
                 stop = stop or runtime.any(interrupt.wished)
             done = out_of_patience(t)
             if t.save is not None and (pace.saves(place.step) or stop or done or late):
                 with meter.paused():
-                    saved = keep(t, meter)
+                    saved = save_checkpoint(t, meter)
                 yield saved
             if place.step < pace.steps and (stop or done):
                 yield Stopped(step=place.step, reason="interrupted" if stop else "patience")
@@ -154,7 +154,7 @@ def backward(loss: Tensor, runtime: Runtime) -> None:
         (loss if runtime.scaler is None else runtime.scaler.scale(loss)).backward()
 
 
-def examine(training: Training) -> Scores:
+def validate(training: Training) -> Scores:
     """Scores the network on validation images, and notes whether it is the best so far."""
     assert training.evaluate is not None
     place = training.place
@@ -178,7 +178,7 @@ def out_of_patience(training: Training) -> bool:
     return 0 < training.pace.patience <= training.place.evaluations_since_best
 
 
-def keep(training: Training, meter: Meter) -> Saved:
+def save_checkpoint(training: Training, meter: Meter) -> Saved:
     """Writes a checkpoint."""
     assert training.save is not None
     meter.clock()

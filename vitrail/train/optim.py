@@ -34,7 +34,7 @@ class Layered(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Hyperparameters:
     """How to optimise. `lr` is the peak of the head's rate; each block before it has `layer_decay` times the next
     one's, and the whole backbone `backbone_lr` times what it had."""
 
@@ -79,7 +79,7 @@ def is_hidden_matrix(model: Layered, name: str, parameter: Tensor) -> bool:
 
 
 def parameter_groups(
-    model: Layered, recipe: Recipe, names: Sequence[str] | None = None
+    model: Layered, settings: Hyperparameters, names: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
     """Groups of named trainable parameters that share learning rate and weight decay.
 
@@ -91,10 +91,10 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad or (wanted is not None and name not in wanted):
             continue
-        decay = recipe.weight_decay if decays(name, parameter, excluded) else 0.0
-        peak = recipe.lr * recipe.layer_decay ** (model.depth + 1 - model.depth_of(name))
+        decay = settings.weight_decay if decays(name, parameter, excluded) else 0.0
+        peak = settings.lr * settings.layer_decay ** (model.depth + 1 - model.depth_of(name))
         if name.startswith("backbone."):
-            peak *= recipe.backbone_lr
+            peak *= settings.backbone_lr
         group = groups.setdefault(
             (peak, decay), {"params": [], "lr": peak, "peak": peak, "weight_decay": decay}
         )
@@ -176,20 +176,20 @@ class Optimiser:
             yield from _named_of(part)
 
 
-def build_optimiser(model: Layered, recipe: Recipe, runtime: Runtime) -> Optimiser:
-    """The optimiser of a recipe over the trainable parameters of a network already in its place."""
+def build_optimiser(model: Layered, settings: Hyperparameters, runtime: Runtime) -> Optimiser:
+    """The optimiser of such settings over the trainable parameters of a network already in its place."""
     if not any(parameter.requires_grad for _, parameter in model.named_parameters()):
         raise ConfigError(
             "There is nothing to train: every parameter is frozen, and the network has no head."
         )
-    if recipe.kind == "sgd":
-        nesterov = recipe.nesterov and recipe.momentum > 0
-        groups = parameter_groups(model, recipe)
+    if settings.kind == "sgd":
+        nesterov = settings.nesterov and settings.momentum > 0
+        groups = parameter_groups(model, settings)
         return Optimiser(
-            [torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, nesterov=nesterov)], runtime
+            [torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=nesterov)], runtime
         )
-    if recipe.kind == "adamw":
-        return Optimiser([_adamw(parameter_groups(model, recipe), recipe, runtime)], runtime)
+    if settings.kind == "adamw":
+        return Optimiser([_adamw(parameter_groups(model, settings), settings, runtime)], runtime)
     if runtime.shard and runtime.world > 1:
         raise UnsupportedError("Muon needs whole matrices, and --shard splits them. Use --opt adamw.")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -198,17 +198,19 @@ def build_optimiser(model: Layered, recipe: Recipe, runtime: Runtime) -> Optimis
     parts: list[torch.optim.Optimizer] = []
     if hidden:
         dtype = torch.float32 if runtime.precision == "fp32" else torch.bfloat16
-        groups = parameter_groups(model, recipe, hidden)
-        momentum = {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        parts.append(Muon(groups, lr=recipe.lr, dtype=dtype, **cast(Any, momentum)))
+        groups = parameter_groups(model, settings, hidden)
+        momentum = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+        parts.append(Muon(groups, lr=settings.lr, dtype=dtype, **cast(Any, momentum)))
     if rest:
-        parts.append(_adamw(parameter_groups(model, recipe, rest), recipe, runtime))
+        parts.append(_adamw(parameter_groups(model, settings, rest), settings, runtime))
     return Optimiser(parts, runtime)
 
 
-def _adamw(groups: list[dict[str, Any]], recipe: Recipe, runtime: Runtime) -> torch.optim.Optimizer:
+def _adamw(
+    groups: list[dict[str, Any]], settings: Hyperparameters, runtime: Runtime
+) -> torch.optim.Optimizer:
     fused = runtime.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=fused)
 
 
 def _named_of(part: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor]]:

@@ -47,7 +47,7 @@ def versions() -> dict[str, str]:
 
 # Fields in which a resumed run may differ from the one it goes on with: where and how fast it computes, how long
 # it goes on, and how often it looks up.
-FREE = {
+MAY_DIFFER = {
     "output", "resume", "workers", "device", "compile", "shard", "keep", "patience", "epochs", "steps",
     "eval_every", "save_every", "deterministic", "max_bad_share", "grad_checkpointing", "recipe", "data", "val",
     "precision",
@@ -57,7 +57,9 @@ FREE = {
 def check_same(before: Mapping[str, Any], run: TrainRun, where: Path) -> None:
     """Raises ConfigError when a checkpoint belongs to another run than the one asked for."""
     now = records.to_dict(run)
-    changed = [name for name in now if name not in FREE and name in before and before[name] != now[name]]
+    changed = [
+        name for name in now if name not in MAY_DIFFER and name in before and before[name] != now[name]
+    ]
     if changed:
         listed = ", ".join(f"{name} was {before[name]}, is {now[name]}" for name in changed[:4])
         raise ConfigError(
@@ -88,7 +90,7 @@ def find_checkpoint(run: TrainRun, folder: Path, runtime: Runtime) -> Checkpoint
     return None
 
 
-def take_up(run: TrainRun, found: Checkpoint, fingerprint: str, say: Say) -> TrainRun:
+def continued(run: TrainRun, found: Checkpoint, fingerprint: str, say: Say) -> TrainRun:
     """The run with its open fields as the checkpoint has them; ConfigError when it is another run's."""
     before = found.facts["config"]
     kept = {
@@ -112,7 +114,7 @@ def take_up(run: TrainRun, found: Checkpoint, fingerprint: str, say: Say) -> Tra
 
 
 @dataclass(frozen=True, kw_only=True)
-class Keeper:
+class Checkpointer:
     """Brings the parts of a run to the disk and back."""
 
     folder: Path
@@ -125,7 +127,7 @@ class Keeper:
     pace: Pace
     fingerprint: str
     """Of the training pictures."""
-    judged_by: str | None
+    validation_fingerprint: str | None
     """The same of the validation pictures, where there are any."""
     say: Say
     classes: tuple[str, ...]
@@ -156,7 +158,7 @@ class Keeper:
         place = dataclasses.replace(found.place)
         if place.best_step is None:
             return place
-        if found.facts["val"] != self.judged_by:
+        if found.facts["val"] != self.validation_fingerprint:
             text = "The validation pictures are others than before: which weights are best is found anew, from here on."
             self.say(Note(text=text, kind="warning"))
             place.best = place.best_loss = place.best_step = None
@@ -207,7 +209,7 @@ class Keeper:
             "config": config,
             "config_hash": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
             "data": self.fingerprint,
-            "val": self.judged_by,
+            "val": self.validation_fingerprint,
             "classes": list(self.classes),
             "versions": versions(),
             "world": self.runtime.world,
