@@ -40,7 +40,7 @@ from vitrail.engines.graph_cache import GraphCache
 from vitrail.engines.onnx import OnnxEngine
 from vitrail.engines.openvino import OpenVinoEngine
 from vitrail.engines.pytorch import TorchEngine
-from vitrail.export.label import Label
+from vitrail.export.manifest import Manifest
 from vitrail.export.openvino import write_openvino
 from vitrail.export.parity import prove
 from vitrail.export.quantise import LADDER, quantise
@@ -86,7 +86,7 @@ def engines_of(folder: Path, names: list[str], model: Any) -> dict[str, Any]:
             prepare = Preprocess(model.card.preprocessing)
             batches = [prepare(picture)[None].numpy() for picture in photographs(4)]
             quantised = quantise(graph, batches, LADDER[0])
-            write_openvino(quantised, place, Label(card=model.card, precision="int8"))
+            write_openvino(quantised, place, Manifest(card=model.card, precision="int8"))
         made["openvino int8"] = OpenVinoEngine(place)
     return made
 

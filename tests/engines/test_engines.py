@@ -19,8 +19,8 @@ from vitrail.engines.graph_cache import FOLDER, GRAPH, GraphCache
 from vitrail.engines.pytorch import TorchEngine, fill
 from vitrail.errors import ConfigError, WeightsError
 from vitrail.export import openvino
-from vitrail.export.label import KEY
-from vitrail.export.onnx import read_label
+from vitrail.export.manifest import KEY
+from vitrail.export.onnx import read_manifest
 from vitrail.predict import Predictor
 
 IMAGES = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
@@ -292,7 +292,7 @@ def test_a_damaged_openvino_folder_is_told_as_such(ready: Path, tmp_path: Path, 
     pytest.importorskip("openvino")
     graph = GraphCache(ready).graph()
     assert graph is not None
-    openvino.write_openvino(openvino.from_onnx(graph), tmp_path / "damaged", read_label(graph))
+    openvino.write_openvino(openvino.from_onnx(graph), tmp_path / "damaged", read_manifest(graph))
     xml, weights = (tmp_path / "damaged" / name for name in openvino.FILES)
     assert open_engine(tmp_path / "damaged").classes == 3
     if what == "no weights":
@@ -300,13 +300,13 @@ def test_a_damaged_openvino_folder_is_told_as_such(ready: Path, tmp_path: Path, 
     else:
         file = weights if what == "cut weights" else xml
         file.write_bytes(file.read_bytes()[: 0 if what == "empty graph" else file.stat().st_size // 2])
-    for opened in (open_engine, openvino.read_label):
+    for opened in (open_engine, openvino.read_manifest):
         with pytest.raises(WeightsError, match=r"damaged cannot be opened .* Export it again"):
             opened(tmp_path / "damaged")
 
 
 def card_of(graph: Path, change: Callable[[Any], Any]) -> str:
-    return json.dumps(change(json.loads(read_label(graph).to_text())))
+    return json.dumps(change(json.loads(read_manifest(graph).to_text())))
 
 
 @pytest.mark.parametrize(

@@ -269,4 +269,4 @@ def test_a_picture_without_the_class_does_not_end_the_others(
     first, second = json.loads(capsys.readouterr().out)
     assert "No pixel" in first["error"] and second["error"] is None
     turns = iter([True])
-    assert main([*told, str(tmp_path / "one.png")]) == 2  # what was asked of one picture can be mended
+    assert main([*told, str(tmp_path / "one.png")]) == 2  # what was asked of one picture can be fixed

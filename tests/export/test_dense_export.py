@@ -19,7 +19,7 @@ from vitrail.engines import open_engine
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, ProofError
 from vitrail.export import wrap
-from vitrail.export.label import Sizes
+from vitrail.export.manifest import Sizes
 from vitrail.export.parity_dense import Bounds, prove_dense
 from vitrail.export.program import capture
 from vitrail.export.wrap import Deployed, answer_of
@@ -186,7 +186,7 @@ def test_exported_files_predict_as_their_folder(name: str, format: Any, tmp_path
     target = tmp_path / {"onnx": "m.onnx", "torch": "m.pt2", "openvino": "m-ov"}[format]
     with untyped():
         found = export(ExportRun(model=str(model), format=format, output=str(target)))
-    assert found.proof.passed and found.label.outputs[0] == "logits"
+    assert found.proof.passed and found.manifest.outputs[0] == "logits"
     assert json.loads(found.proof_file.read_text())["compared"] > 0
     records = []
     for place in (model, target):
@@ -211,7 +211,7 @@ def test_shapes_that_pictures_keep_go_through_an_exported_detector(tmp_path: Pat
     tiny("detr_nano", crop_mode="fit").save_pretrained(model)
     with untyped():
         found = export(ExportRun(model=str(model), output=str(tmp_path / "m.onnx")))
-    assert found.label.free_size
+    assert found.manifest.free_size
     images = torch.randint(0, 256, (2, 3, 48, 64), dtype=torch.uint8)
     padding = torch.zeros(2, 48, 64, dtype=torch.bool)
     padding[1, :, 32:] = True

@@ -17,8 +17,8 @@ from vitrail.engines.artefact import format_of
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, ModelError, ProofError, WeightsError
 from vitrail.export import openvino, triton, wrap
-from vitrail.export.label import Sizes
-from vitrail.export.onnx import description, read_label
+from vitrail.export.manifest import Sizes
+from vitrail.export.onnx import description, read_manifest
 from vitrail.export.program import Program
 from vitrail.jobs.evaluate import evaluate
 from vitrail.jobs.export import Exported, Pictures, export
@@ -67,9 +67,9 @@ def test_the_proof_stands_beside_the_file_and_in_it(onnx: Exported) -> None:
     assert kept["passed"] and kept["images"] == 12 and kept["agreement"] == 1
     assert kept["accuracy_before"] == kept["accuracy_after"] == 1
     assert kept["logits_max"] <= 1e-4
-    label = read_label(onnx.artefact)
-    assert label.proof["logits_max"] == kept["logits_max"]
-    assert label.card.labels == LABELS and label.card.preprocessing.mean == (0.4, 0.5, 0.6)
+    manifest = read_manifest(onnx.artefact)
+    assert manifest.proof["logits_max"] == kept["logits_max"]
+    assert manifest.card.labels == LABELS and manifest.card.preprocessing.mean == (0.4, 0.5, 0.6)
     assert [path.name for path in sorted(onnx.artefact.parent.iterdir())] == [
         "colours.onnx",
         "colours.onnx.proof.json",
@@ -77,7 +77,7 @@ def test_the_proof_stands_beside_the_file_and_in_it(onnx: Exported) -> None:
 
 
 def test_batch_height_and_width_are_free(onnx: Exported, model: Path) -> None:
-    assert onnx.label.free_size
+    assert onnx.manifest.free_size
     network, engine = TorchEngine(model, precision="fp32"), open_engine(onnx.artefact)
     for shape in ((1, 3, 16, 16), (5, 3, 32, 24)):
         images = torch.randint(0, 256, shape, dtype=torch.uint8)
@@ -164,9 +164,9 @@ def older_export(folder: Path, format: str, onnx: Exported) -> None:
     """The ONNX file of these tests as a folder of another format, without another export."""
     pytest.importorskip("openvino")
     if format == "openvino":
-        openvino.write_openvino(openvino.from_onnx(onnx.artefact), folder, onnx.label)
+        openvino.write_openvino(openvino.from_onnx(onnx.artefact), folder, onnx.manifest)
     else:
-        triton.write_triton(onnx.artefact, folder, onnx.label)
+        triton.write_triton(onnx.artefact, folder, onnx.manifest)
 
 
 def everything(folder: Path) -> dict[str, bytes]:
@@ -233,7 +233,7 @@ def test_a_folder_format_asks_for_a_folder_before_any_work(
 
 
 def test_sizes_that_the_network_refuses_are_refused_by_the_file_too(onnx: Exported, model: Path) -> None:
-    assert onnx.label.rows == onnx.label.columns == Sizes(least=16, step=8)
+    assert onnx.manifest.rows == onnx.manifest.columns == Sizes(least=16, step=8)
     assert onnx.to_dict()["rows"] == {"least": 16, "step": 8, "most": None}
     network, engine = TorchEngine(model, precision="fp32"), open_engine(onnx.artefact)
     for size in ((17, 16), (16, 20), (4, 8), (1, 1)):
@@ -267,17 +267,19 @@ def test_the_file_describes_itself(onnx: Exported) -> None:
     )
     shape = {"exported": None, "example": (), "inputs": ("images", "padding"), "outputs": ("logits", "boxes")}
     grey = dataclasses.replace(
-        onnx.label.card.preprocessing, in_chans=1, mean=(0.5,), std=(0.5,), input_size=(32, 48)
+        onnx.manifest.card.preprocessing, in_chans=1, mean=(0.5,), std=(0.5,), input_size=(32, 48)
     )
-    label = dataclasses.replace(onnx.label, card=dataclasses.replace(onnx.label.card, preprocessing=grey))
+    manifest = dataclasses.replace(
+        onnx.manifest, card=dataclasses.replace(onnx.manifest.card, preprocessing=grey)
+    )
     assert (
         "one channel, [N, 1, h, w], 32 x 48 pixels, and padding: bool [N, h, w], true where there is no"
         " picture; normalisation is inside, resizing is not. Gives logits, boxes."
-    ) in description(Program(free_size=False, **shape), label)
+    ) in description(Program(free_size=False, **shape), manifest)
 
 
 def test_what_the_file_reached_stands_with_the_number_of_pictures(onnx: Exported) -> None:
-    scores = read_label(onnx.artefact).card.scores
+    scores = read_manifest(onnx.artefact).card.scores
     assert scores["exported_acc1"] == 1 and scores["exported_images"] == 12
 
 
@@ -311,8 +313,8 @@ def test_an_openvino_folder_and_a_triton_repository(
     config = (tmp_path / "triton" / "config.pbtxt").read_text()
     assert "TYPE_UINT8" in config and "dynamic_batching" in config
     assert not config.startswith("name:")  # Triton takes the folder's, which may be renamed
-    label = read_label(tmp_path / "triton" / "1" / "model.onnx")
-    assert label.card.scores["exported_acc1"] == 1 and label.card.scores["exported_images"] == 12
+    manifest = read_manifest(tmp_path / "triton" / "1" / "model.onnx")
+    assert manifest.card.scores["exported_acc1"] == 1 and manifest.card.scores["exported_images"] == 12
     assert (tmp_path / "triton" / "labels.txt").read_text().split() == list(LABELS)
 
 
@@ -320,7 +322,7 @@ def test_an_openvino_folder_and_a_triton_repository(
 def test_int8_keeps_the_answers_and_says_what_it_kept(model: Path, data: Path, tmp_path: Path) -> None:
     pytest.importorskip("nncf")
     found = exported(model, data, "openvino", tmp_path / "int8", int8=True, calibrate=(str(data),))
-    assert found.proof.passed and found.label.precision == "int8"
-    assert found.label.quantisation["int8_products"] > 0
+    assert found.proof.passed and found.manifest.precision == "int8"
+    assert found.manifest.quantisation["int8_products"] > 0
     assert open_engine(found.artefact).precision == "int8"
     assert open_engine(model, precision="int8").precision == "int8"  # a copy lies with the model

@@ -12,7 +12,7 @@ from export.worlds import pictures
 
 from vitrail.engines.onnx import OnnxEngine
 from vitrail.engines.openvino import OpenVinoEngine
-from vitrail.export.label import Label
+from vitrail.export.manifest import Manifest
 from vitrail.export.onnx import adds_next_to_nothing, write_onnx
 from vitrail.export.program import Program, capture
 from vitrail.export.wrap import Deployed
@@ -60,7 +60,7 @@ def test_a_summand_of_a_hundred_millionth_is_not_left_out(tmp_path: Path) -> Non
     program = Program(
         exported=exported, example=(images,), inputs=("images",), outputs=("logits",), free_size=False
     )
-    write_onnx(program, tmp_path / "model.onnx", Label(card=Card(architecture="none")))
+    write_onnx(program, tmp_path / "model.onnx", Manifest(card=Card(architecture="none")))
     (found,) = ort.InferenceSession(tmp_path / "model.onnx").run(None, {"images": images.numpy()})
     assert (found == 0).all()  # without the guard 0 / 0
 
@@ -77,7 +77,7 @@ def test_the_guard_of_t2t_is_not_left_out(tmp_path: Path) -> None:
         model.backbone.stages[0].blocks[0].norm1.weight.mul_(10)
     deployed = Deployed(model)
     program = capture(deployed, free_size=False)
-    write_onnx(program, tmp_path / "model.onnx", Label(card=model.card))
+    write_onnx(program, tmp_path / "model.onnx", Manifest(card=model.card))
     images = torch.randint(0, 256, (2, 3, *model.config.img_size), dtype=torch.uint8)
     with torch.inference_mode():
         wanted = deployed(images)[0]
@@ -117,7 +117,7 @@ def test_a_family_answers_the_same_in_onnx_runtime_and_openvino(family: str, tmp
     write_onnx(
         program,
         path,
-        Label(card=model.card, free_size=program.free_size, rows=program.rows, columns=program.columns),
+        Manifest(card=model.card, free_size=program.free_size, rows=program.rows, columns=program.columns),
     )
     rows, columns = model.config.img_size
     sizes = [(rows, columns)]

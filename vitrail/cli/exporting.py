@@ -19,16 +19,16 @@ def export(run: ExportRun) -> int:
     if run.report == "json":
         print(show.json_text(found.to_dict()))
         return 0
-    proof, label = found.proof, found.label
+    proof, manifest = found.proof, found.manifest
     rows = [
-        ["precision", label.precision],
-        ["free", _free(label)],
-        ["normalising", f"inside, {label.normalised_inside}; send uint8"],
+        ["precision", manifest.precision],
+        ["free", _free(manifest)],
+        ["normalising", f"inside, {manifest.normalised_inside}; send uint8"],
         ["pictures", f"{proof.images} ({proof.pictures})"],
     ]
     rows += _agreement(proof)
-    if label.quantisation:
-        how = label.quantisation
+    if manifest.quantisation:
+        how = manifest.quantisation
         rows.append(["int8", f"{how['int8_products']} of {how['products']} products; {how['choice']}"])
     show.table(["proof", ""], rows)
     show.say(f"written: {found.artefact} ({found.size / 1e6:.1f} MB, {found.seconds:.0f} s)")
@@ -36,11 +36,11 @@ def export(run: ExportRun) -> int:
     return 0
 
 
-def _free(label: Any) -> str:
+def _free(manifest: Any) -> str:
     """What of the images' shape is free."""
-    if not label.free_size:
+    if not manifest.free_size:
         return "batch"
-    return f"batch, height ({label.rows}), width ({label.columns})"
+    return f"batch, height ({manifest.rows}), width ({manifest.columns})"
 
 
 def _agreement(proof: Any) -> list[list[str]]:

@@ -156,7 +156,7 @@ def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> di
         told_names = f"categories {some(names)}" if names else "no categories"
         raise DataError(
             f"{where}: annotations that fit nothing: {told}. It has {told_names} and"
-            f" {len(boxes)} images; mend the file, or its boxes would be lost in silence."
+            f" {len(boxes)} images; fix the file, or its boxes would be lost in silence."
         )
     return boxes
 

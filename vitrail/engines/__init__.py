@@ -170,7 +170,7 @@ def _int8(graphs: GraphCache) -> Engine:
             " one and measures what it costs."
         )
     opened = OpenVinoEngine(path, cache=graphs.folder() / "openvino")
-    proof = opened.label.proof
+    proof = opened.manifest.proof
     logger.info(
         "engine openvino, int8: the first class is torch's in %.2f %% of %s pictures (%s)",
         100 * proof.get("agreement", 0.0), proof.get("images"), proof.get("pictures"),

@@ -23,7 +23,7 @@ import torch
 
 from vitrail.config import to_dict
 from vitrail.disk import write_atomically
-from vitrail.export.label import Label
+from vitrail.export.manifest import Manifest
 from vitrail.export.onnx import write_onnx
 from vitrail.export.program import capture
 from vitrail.export.wrap import Deployed
@@ -109,13 +109,13 @@ class GraphCache:
             model = from_pretrained(self.model) if network is None else network
             deployed = Deployed(model)
             program = capture(deployed, free_size=False)
-            label = Label(
+            manifest = Manifest(
                 card=model.card,
                 outputs=program.outputs,
                 normalised_inside="folded" if deployed.folded else "computed",
                 source_sha256=self.sha256,
             )
-            write_onnx(program, unfinished / GRAPH, label)
+            write_onnx(program, unfinished / GRAPH, manifest)
             place.mkdir(parents=True, exist_ok=True)  # it may hold an int8 graph already
             for file in sorted(unfinished.iterdir(), key=lambda file: file.name == GRAPH):
                 os.replace(file, place / file.name)  # the graph last: what it needs is there when it is

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from vitrail.engines.outside import classes_of, feed, needed, record
 from vitrail.errors import require
-from vitrail.export.label import KEY, Label, damaged
+from vitrail.export.manifest import KEY, Manifest, damaged
 
 
 class OnnxEngine:
     """An ONNX file in ONNX Runtime, on as many threads as torch uses.
 
-    label: what is known of the file; by default what it carries itself.
+    manifest: what is known of the file; by default what it carries itself.
     """
 
-    def __init__(self, path: str | Path, *, label: Label | None = None) -> None:
+    def __init__(self, path: str | Path, *, manifest: Manifest | None = None) -> None:
         require("onnxruntime", extra="onnx")
         import onnxruntime
 
@@ -34,17 +34,17 @@ class OnnxEngine:
         except Exception as error:  # its own kinds, which share no parent
             raise damaged(path, error) from error
         text = self.session.get_modelmeta().custom_metadata_map.get(KEY, "")
-        self.label = Label.from_text(text, str(path)) if label is None else label
-        self.name, self.precision = "onnxruntime", self.label.precision
-        self.card = self.label.card
+        self.manifest = Manifest.from_text(text, str(path)) if manifest is None else manifest
+        self.name, self.precision = "onnxruntime", self.manifest.precision
+        self.card = self.manifest.card
         self.inputs = [entry.name for entry in self.session.get_inputs()]
         self.outputs = [entry.name for entry in self.session.get_outputs()]
-        self.classes = classes_of(self.label, self.session.get_outputs()[0].shape, path)
+        self.classes = classes_of(self.manifest, self.session.get_outputs()[0].shape, path)
 
     def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:
         """What the graph answers, float32 on the CPU, to uint8 images `[B, C, h, w]`: logits `[B, K]`, or the record
         of a dense model (nn.shapes). `padding` `[B, h, w]` is for detectors."""
-        inputs = feed(images, padding, self.inputs, self.label)
+        inputs = feed(images, padding, self.inputs, self.manifest)
         named = {name: value.numpy() for name, value in zip(self.inputs, inputs, strict=True)}
         asked = needed(self.outputs)
         return record(asked, self.session.run(list(asked), named), self.card.task)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from vitrail.engines.outside import classes_of, feed, needed, record
 from vitrail.errors import require
-from vitrail.export.label import Label, damaged
-from vitrail.export.openvino import MODEL, label_of
+from vitrail.export.manifest import Manifest, damaged
+from vitrail.export.openvino import MODEL, manifest_of
 from vitrail.runtime import has_bfloat16
 
 
@@ -26,7 +26,7 @@ class OpenVinoEngine:
         path: the folder, its model.xml, or an .onnx file.
         precision: fp32, bf16 (where the chip computes in it), or int8 for a file that was quantised.
         cache: folder where compiled graphs are kept, for quicker starts.
-        label: what is known of the file; by default what it carries itself.
+        manifest: what is known of the file; by default what it carries itself.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class OpenVinoEngine:
         *,
         precision: str = "fp32",
         cache: Path | None = None,
-        label: Label | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         require("openvino", extra="openvino")
         import openvino
@@ -46,9 +46,9 @@ class OpenVinoEngine:
             model = core.read_model(str(place / MODEL if place.is_dir() else place))
         except RuntimeError as error:
             raise damaged(place, error) from error
-        self.label = label_of(model, place) if label is None else label
+        self.manifest = manifest_of(model, place) if manifest is None else manifest
         self.name = "openvino"
-        self.precision = "int8" if self.label.precision == "int8" else precision
+        self.precision = "int8" if self.manifest.precision == "int8" else precision
         # What int8 leaves over (norms, softmax, what was kept) is quicker in bf16, too; the proof sees it so.
         half = precision == "bf16" or (self.precision == "int8" and has_bfloat16(torch.device("cpu")))
         self.threads = torch.get_num_threads()
@@ -63,20 +63,22 @@ class OpenVinoEngine:
         self._requests = threading.local()
         self._making = threading.Lock()
         self.compiled: Any = self._on(self.threads)
-        self.card = self.label.card
+        self.card = self.manifest.card
         self.inputs = [entry.get_any_name() for entry in self.compiled.inputs]
         shape = self.compiled.output(0).partial_shape
         self.classes = classes_of(
-            self.label, [size.get_length() if size.is_static else None for size in shape], place
+            self.manifest, [size.get_length() if size.is_static else None for size in shape], place
         )
 
     def __call__(self, images: Tensor, padding: Tensor | None = None) -> Any:
         """What the graph answers, float32 on the CPU, to uint8 images `[B, C, h, w]`: logits `[B, K]`, or the record
         of a dense model (nn.shapes). `padding` `[B, h, w]` is for detectors."""
-        inputs = feed(images, padding, self.inputs, self.label)
+        inputs = feed(images, padding, self.inputs, self.manifest)
         found = self._request().infer([value.numpy() for value in inputs])
-        asked = needed(self.label.outputs)
-        return record(asked, [found[self.label.outputs.index(name)].copy() for name in asked], self.card.task)
+        asked = needed(self.manifest.outputs)
+        return record(
+            asked, [found[self.manifest.outputs.index(name)].copy() for name in asked], self.card.task
+        )
 
     def _on(self, threads: int) -> Any:
         """The graph compiled for calls on so many threads each; as many calls at a time as there are cores for."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vitrail.errors import ConfigError, WeightsError
-from vitrail.export.label import Label
+from vitrail.export.manifest import Manifest
 from vitrail.export.wrap import CLASSES, answer_of
 
 
@@ -18,13 +18,13 @@ def needed(outputs: Sequence[str]) -> tuple[str, ...]:
     return tuple(name for name in outputs if name not in ("probabilities", "scores", "classes"))
 
 
-def classes_of(label: Label, logits: Sequence[Any], where: object) -> int:
+def classes_of(manifest: Manifest, logits: Sequence[Any], where: object) -> int:
     """How many classes a graph knows, by its card, else by the shape of its logits `[B, K]`.
 
     Raises WeightsError where neither tells, or a classifier's card and logits tell two numbers.
     """
-    told = label.card.num_classes
-    found = logits[-1] if label.card.task == CLASSES and isinstance(logits[-1], int) else None
+    told = manifest.card.num_classes
+    found = logits[-1] if manifest.card.task == CLASSES and isinstance(logits[-1], int) else None
     if None not in (told, found) and told != found:
         raise WeightsError(
             f"{where} gives {found} logits and its card tells {told} classes: the card is another model's. Export the"
@@ -36,22 +36,22 @@ def classes_of(label: Label, logits: Sequence[Any], where: object) -> int:
     return classes
 
 
-def feed(images: Tensor, padding: Tensor | None, names: Sequence[str], label: Label) -> list[Tensor]:
+def feed(images: Tensor, padding: Tensor | None, names: Sequence[str], manifest: Manifest) -> list[Tensor]:
     """A graph's inputs, on the CPU: uint8 images `[B, C, h, w]`, and padding Bool `[B, h, w]` where it takes one.
 
     Raises ConfigError for images of another size than a graph of one size takes, or than one holds for.
     """
-    rows, columns = label.card.preprocessing.input_size
+    rows, columns = manifest.card.preprocessing.input_size
     size = (int(images.shape[2]), int(images.shape[3]))
-    if not label.free_size and size != (rows, columns):
+    if not manifest.free_size and size != (rows, columns):
         raise ConfigError(
             f"The exported file takes pictures of {rows}×{columns} pixels alone; got {size[0]}×{size[1]}. A sliding"
             " window needs pictures at least as large as the file's; or use the model's own folder."
         )
-    if label.free_size and not (label.rows.take(size[0]) and label.columns.take(size[1])):
+    if manifest.free_size and not (manifest.rows.take(size[0]) and manifest.columns.take(size[1])):
         raise ConfigError(
-            f"The exported file takes pictures with a height of {label.rows} and a width of {label.columns} pixels; got"
-            f" {size[0]}×{size[1]}. Resize them, or use the model's own folder."
+            f"The exported file takes pictures with a height of {manifest.rows} and a width of {manifest.columns}"
+            f" pixels; got {size[0]}×{size[1]}. Resize them, or use the model's own folder."
         )
     inputs = [images.cpu().contiguous()]
     if len(names) > 1:

@@ -4,7 +4,7 @@
     program     torch.export, with a free batch and, where the family allows, free height and width
     onnx, openvino, torch_program, triton
                 the files, the last a model repository for NVIDIA Triton
-    label       what travels inside them: the card, and what must be known of the file itself
+    manifest    what travels inside them: the card, and what must be known of the file itself
     quantise    int8 after training, with calibration on the user's images
     parity      the proof: real pictures through the exported file and through the network (parity_dense: boxes, masks)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import require
-from vitrail.export.label import KEY, Label
+from vitrail.export.manifest import KEY, Manifest
 from vitrail.export.program import Program
 
 logger = logging.getLogger(__name__)
@@ -25,8 +25,8 @@ LOST = 1e-8
 """Constants up to this size, which torch's ONNX optimiser takes for 0 and does not add: T2T-ViT's guard."""
 
 
-def write_onnx(program: Program, path: Path, label: Label) -> None:
-    """Translate a program and write it, with its label inside.
+def write_onnx(program: Program, path: Path, manifest: Manifest) -> None:
+    """Translate a program and write it, with its manifest inside.
 
     Raises ConfigError where the packages are missing.
     """
@@ -47,8 +47,8 @@ def write_onnx(program: Program, path: Path, label: Label) -> None:
     model = made.model
     if not optimize:
         _fold(model)
-    model.metadata_props[KEY] = label.to_text()
-    model.doc_string = description(program, label)
+    model.metadata_props[KEY] = manifest.to_text()
+    model.doc_string = description(program, manifest)
     _name_sizes(model, program.free_size)
     weights = sum(
         value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value
@@ -75,9 +75,9 @@ def _fold(model: Any) -> None:
     optimizer.remove_unused_nodes(model)
 
 
-def description(program: Program, label: Label) -> str:
+def description(program: Program, manifest: Manifest) -> str:
     """What a file takes and gives, for whoever opens it without vitrail."""
-    wanted = label.card.preprocessing
+    wanted = manifest.card.preprocessing
     channels = {1: "one channel", 3: "RGB"}.get(wanted.in_chans, f"{wanted.in_chans} channels")
     own = "" if wanted.crop_mode == "fit" else " (the model's own: {} x {})".format(*wanted.input_size)
     size = "{} x {} pixels".format(*wanted.input_size)
@@ -94,24 +94,24 @@ def description(program: Program, label: Label) -> str:
     )
 
 
-def read_label(path: Path) -> Label:
-    """The label of a file. Raises WeightsError where there is none, ConfigError where onnx is not installed."""
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a file. Raises WeightsError where there is none, ConfigError where onnx is not installed."""
     require("onnx", extra="onnx")
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
     properties = {entry.key: entry.value for entry in model.metadata_props}
-    return Label.from_text(properties.get(KEY, ""), str(path))
+    return Manifest.from_text(properties.get(KEY, ""), str(path))
 
 
-def relabel(path: Path, label: Label) -> None:
-    """Put another label into a file; the graph and the weights stay as they are."""
+def replace_manifest(path: Path, manifest: Manifest) -> None:
+    """Put another manifest into a file; the graph and the weights stay as they are."""
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
     kept = [entry for entry in model.metadata_props if entry.key != KEY]
     del model.metadata_props[:]
-    model.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value=label.to_text())])
+    model.metadata_props.extend([*kept, onnx.StringStringEntryProto(key=KEY, value=manifest.to_text())])
     onnx.save(model, str(path))
 
 

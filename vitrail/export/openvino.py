@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vitrail.errors import require
-from vitrail.export.label import KEY, Label, damaged
+from vitrail.export.manifest import KEY, Manifest, damaged
 
 MODEL = "model.xml"
 """The file of the graph; the weights are model.bin beside it."""
@@ -27,18 +27,18 @@ def from_onnx(path: Path) -> Any:
     return openvino.Core().read_model(str(path))
 
 
-def write_openvino(model: Any, folder: Path, label: Label) -> None:
-    """Write an openvino.Model into a folder, with its label inside."""
+def write_openvino(model: Any, folder: Path, manifest: Manifest) -> None:
+    """Write an openvino.Model into a folder, with its manifest inside."""
     require("openvino", extra="openvino")
     import openvino
 
     folder.mkdir(parents=True, exist_ok=True)
-    model.set_rt_info(label.to_text(), [KEY])
+    model.set_rt_info(manifest.to_text(), [KEY])
     openvino.save_model(model, str(folder / MODEL), compress_to_fp16=False)
 
 
-def read_label(folder: Path) -> Label:
-    """The label of a folder. Raises WeightsError where there is none, or the files are damaged."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises WeightsError where there is none, or the files are damaged."""
     require("openvino", extra="openvino")
     import openvino
 
@@ -46,12 +46,12 @@ def read_label(folder: Path) -> Label:
         model = openvino.Core().read_model(str(folder / MODEL))
     except RuntimeError as error:
         raise damaged(folder, error) from error
-    return label_of(model, folder)
+    return manifest_of(model, folder)
 
 
-def label_of(model: Any, where: Path) -> Label:
-    """The label inside an openvino.Model, whether it was read from a folder or from an ONNX file."""
+def manifest_of(model: Any, where: Path) -> Manifest:
+    """The manifest inside an openvino.Model, whether it was read from a folder or from an ONNX file."""
     for place in ([KEY], ["framework", KEY]):
         if model.has_rt_info(place):
-            return Label.from_text(str(model.get_rt_info(place).value), str(where))
-    return Label.from_text("", str(where))
+            return Manifest.from_text(str(model.get_rt_info(place).value), str(where))
+    return Manifest.from_text("", str(where))

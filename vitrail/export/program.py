@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vitrail.export.label import ANY, Sizes
+from vitrail.export.manifest import ANY, Sizes
 from vitrail.export.wrap import Deployed
 
 logger = logging.getLogger(__name__)

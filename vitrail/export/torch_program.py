@@ -8,25 +8,25 @@ from pathlib import Path
 import torch
 
 from vitrail.errors import WeightsError
-from vitrail.export.label import KEY, Label
+from vitrail.export.manifest import KEY, Manifest
 from vitrail.export.onnx import quiet
 from vitrail.export.program import Program
 
 EXTRA = f"{KEY}.json"
 
 
-def write_program(program: Program, path: Path, label: Label) -> None:
-    """Write a program, with its label inside."""
+def write_program(program: Program, path: Path, manifest: Manifest) -> None:
+    """Write a program, with its manifest inside."""
     with quiet():
-        torch.export.save(program.exported, path, extra_files={EXTRA: label.to_text()})
+        torch.export.save(program.exported, path, extra_files={EXTRA: manifest.to_text()})
 
 
-def read_label(path: Path) -> Label:
-    """The label of a file, without loading the program. Raises WeightsError where there is none."""
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a file, without loading the program. Raises WeightsError where there is none."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(f"extra/{EXTRA}")]
             text = archive.read(names[0]).decode() if names else ""
     except (zipfile.BadZipFile, OSError) as error:
         raise WeightsError(f"{path} is no torch.export archive ({error}); export it again.") from None
-    return Label.from_text(text, str(path))
+    return Manifest.from_text(text, str(path))

@@ -15,7 +15,7 @@ import shutil
 from pathlib import Path
 
 from vitrail.errors import WeightsError
-from vitrail.export.label import OUTPUTS, Label
+from vitrail.export.manifest import OUTPUTS, Manifest
 
 GRAPH = Path("1") / "model.onnx"
 CARD = "vitrail.json"
@@ -24,7 +24,7 @@ FILES = ("config.pbtxt", "labels.txt", CARD, "1", "1/model.onnx", "1/model.onnx.
 """All that is written into a folder; the last only where the weights are large."""
 
 
-def write_triton(onnx: Path, folder: Path, label: Label, *, batch: int = 32, delay: int = 2000) -> None:
+def write_triton(onnx: Path, folder: Path, manifest: Manifest, *, batch: int = 32, delay: int = 2000) -> None:
     """Lay out the repository of one model around an ONNX file named model.onnx, which is copied.
 
     batch: the largest batch that Triton builds; delay: microseconds that a request waits for others.
@@ -34,26 +34,26 @@ def write_triton(onnx: Path, folder: Path, label: Label, *, batch: int = 32, del
     beside = onnx.with_name(onnx.name + ".data")
     if beside.exists():
         shutil.copyfile(beside, folder / "1" / beside.name)
-    labels = label.card.labels or ()
+    labels = manifest.card.labels or ()
     (folder / "labels.txt").write_text("".join(f"{name}\n" for name in labels), encoding="utf-8")
-    (folder / CARD).write_text(json.dumps(json.loads(label.to_text()), indent=2) + "\n", encoding="utf-8")
-    (folder / "config.pbtxt").write_text(config_text(label, batch, delay), encoding="utf-8")
+    (folder / CARD).write_text(json.dumps(json.loads(manifest.to_text()), indent=2) + "\n", encoding="utf-8")
+    (folder / "config.pbtxt").write_text(config_text(manifest, batch, delay), encoding="utf-8")
 
 
-def read_label(folder: Path) -> Label:
-    """The label of a folder. Raises WeightsError where there is none."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder. Raises WeightsError where there is none."""
     try:
         text = (folder / CARD).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise WeightsError(f"{folder / CARD} cannot be read ({error}); export the model again.") from None
-    return Label.from_text(text, str(folder / CARD))
+    return Manifest.from_text(text, str(folder / CARD))
 
 
-def config_text(label: Label, batch: int, delay: int) -> str:
+def config_text(manifest: Manifest, batch: int, delay: int) -> str:
     """config.pbtxt, as Triton's model configuration describes it. Sizes leave out the batch."""
-    wanted, classes = label.card.preprocessing, label.card.num_classes or -1
-    size = (-1, -1) if label.free_size else wanted.input_size
-    named = '\n    label_filename: "labels.txt"' if label.card.labels else ""
+    wanted, classes = manifest.card.preprocessing, manifest.card.num_classes or -1
+    size = (-1, -1) if manifest.free_size else wanted.input_size
+    named = '\n    label_filename: "labels.txt"' if manifest.card.labels else ""
     outputs = ",\n".join(
         f'  {{\n    name: "{output}"\n    data_type: TYPE_FP32\n    dims: [{classes}]'
         f"{named if output == 'probabilities' else ''}\n  }}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vitrail.data.transforms import constants
 from vitrail.errors import ModelError
-from vitrail.export.label import OUTPUTS
+from vitrail.export.manifest import OUTPUTS
 from vitrail.models.model import Model
 from vitrail.nn.shapes import BoxOutput, DenseBoxOutput, MaskOutput
 from vitrail.weights.card import Card

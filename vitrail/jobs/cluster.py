@@ -148,7 +148,7 @@ def find(images: Sequence[str]) -> Pictures:
 def already(folder: str) -> set[str]:
     """The pictures that a folder of results tells. A file that was cut off while it was written is removed."""
     found: set[str] = set()
-    for file, table in _tables(folder, ["source"], mend=True):
+    for file, table in _tables(folder, ["source"], remove_torn=True):
         names = table.column("source").to_pylist()
         if len(names) != len(set(names)) or found & set(names):
             raise DataError(f"{file} tells a picture that was told before; give another --output.")
@@ -382,8 +382,8 @@ def _counted(folder: str, wanted: set[str]) -> tuple[int, int]:
     return rows, errors
 
 
-def _tables(folder: str, columns: list[str], *, mend: bool = False) -> Iterable[tuple[str, Any]]:
-    """The parquet files of a folder; `mend` removes those that were cut off while they were written."""
+def _tables(folder: str, columns: list[str], *, remove_torn: bool = False) -> Iterable[tuple[str, Any]]:
+    """The parquet files of a folder; `remove_torn` removes those that were cut off while they were written."""
     import pyarrow
     from pyarrow import fs, parquet
 
@@ -393,7 +393,7 @@ def _tables(folder: str, columns: list[str], *, mend: bool = False) -> Iterable[
         try:
             table = parquet.read_table(path, columns=columns, filesystem=system)
         except pyarrow.ArrowInvalid as error:
-            if not mend:
+            if not remove_torn:
                 raise DataError(f"{path} cannot be read ({_one_line(error)}); remove it.") from None
             logger.warning("%s was cut off while it was written: its pictures are looked at again", path)
             system.delete_file(path)

@@ -47,7 +47,7 @@ def _guarded(check: Callable[[], Iterator[Finding]]) -> list[Finding]:
     except Exception as error:  # broken native libraries raise anything
         name = check.__name__.removeprefix("_").replace("_", " ")
         value = f"cannot be looked at: {type(error).__name__}: {_first_line(error)}"
-        return [Finding(name, "broken", value, "Mend what is broken above first.")]
+        return [Finding(name, "broken", value, "Fix what is broken above first.")]
 
 
 def _python() -> Iterator[Finding]:

@@ -27,7 +27,7 @@ from vitrail.engines.graph_cache import GraphCache
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, DataError, ImageError, ProofError, WeightsError
 from vitrail.export import onnx, openvino, quantise, torch_program, triton
-from vitrail.export.label import Label, check_names
+from vitrail.export.manifest import Manifest, check_names
 from vitrail.export.parity import Proof, prove, write_proof
 from vitrail.export.parity_dense import DenseProof
 from vitrail.export.program import Program, capture, takes_one
@@ -62,7 +62,7 @@ class Exported:
     artefact: Path
     proof_file: Path
     proof: Proof | DenseProof
-    label: Label
+    manifest: Manifest
     size: int
     """Bytes of the artefact."""
     seconds: float
@@ -74,10 +74,10 @@ class Exported:
             "artefact": str(self.artefact),
             "proof_file": str(self.proof_file),
             "proof": self.proof.to_dict(),
-            "precision": self.label.precision,
-            "free_size": self.label.free_size,
-            "rows": self.label.rows._asdict(),
-            "columns": self.label.columns._asdict(),
+            "precision": self.manifest.precision,
+            "free_size": self.manifest.free_size,
+            "rows": self.manifest.rows._asdict(),
+            "columns": self.manifest.columns._asdict(),
             "size": self.size,
             "seconds": self.seconds,
             "notes": list(self.notes),
@@ -115,7 +115,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     if run.format == "torch" and program.free_size and not takes_one(program):
         logger.info("with a free size the program would refuse a single picture: the size is fixed")
         program = capture(deployed, free_size=False)
-    label = Label(
+    manifest = Manifest(
         card=reference.card,
         free_size=program.free_size,
         rows=program.rows,
@@ -135,11 +135,11 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     work = target.parent / f".{target.name}.{secrets.token_hex(4)}"
     work.mkdir()
     try:
-        built, label, proof = _built(run, work, program, label, reference, pictures, watch)
+        built, manifest, proof = _built(run, work, program, manifest, reference, pictures, watch)
         proof_file = proof_path(target)
         about: dict[str, Any] = {"artefact": target.name, "format": run.format, "model": run.model}
         about |= {"vitrail": vitrail.__version__, "torch": torch.__version__}
-        about["quantisation"] = dict(label.quantisation)
+        about["quantisation"] = dict(manifest.quantisation)
         write_proof(proof_file, proof, about)
         if not proof.passed:
             raise ProofError(
@@ -150,7 +150,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
         _place(built, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    if label.precision == "int8" and run.format == "openvino":
+    if manifest.precision == "int8" and run.format == "openvino":
         _shelve(run.model, target)
     for note in (*notes, *pictures.notes):
         logger.info(note)
@@ -158,7 +158,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
         artefact=target,
         proof_file=proof_file,
         proof=proof,
-        label=label,
+        manifest=manifest,
         size=_bytes(target),
         seconds=time.monotonic() - started,
         notes=(*notes, *pictures.notes),
@@ -264,12 +264,12 @@ def _built(
     run: ExportRun,
     work: Path,
     program: Program,
-    label: Label,
+    manifest: Manifest,
     reference: TorchEngine,
     pictures: Pictures | DensePictures,
     watch: Callable[[int, int], None] | None,
-) -> tuple[Path, Label, Proof | DenseProof]:
-    """The artefact under its working name, with the proof in its label."""
+) -> tuple[Path, Manifest, Proof | DenseProof]:
+    """The artefact under its working name, with the proof in its manifest."""
     expected = Remembered(answering(reference))
 
     def proved(path: Path) -> Proof | DenseProof:
@@ -290,41 +290,41 @@ def _built(
 
     if run.format == "torch":
         path = work / "model.pt2"
-        torch_program.write_program(program, path, label)
+        torch_program.write_program(program, path, manifest)
         proof = proved(path)
-        label = _with_proof(label, proof)
-        torch_program.write_program(program, path, label)
-        return path, label, proof
+        manifest = _with_proof(manifest, proof)
+        torch_program.write_program(program, path, manifest)
+        return path, manifest, proof
     stem = "model" if run.format == "triton" else destination(run).stem
     graph = work / f"{stem}.onnx"  # the weights beside a large one are found by its name
-    onnx.write_onnx(program, graph, label)
+    onnx.write_onnx(program, graph, manifest)
     if run.int8:
-        return _quantised(run, work, graph, label, reference, proved)
+        return _quantised(run, work, graph, manifest, reference, proved)
     if run.format == "openvino":
         folder = work / "openvino"
-        openvino.write_openvino(openvino.from_onnx(graph), folder, label)
+        openvino.write_openvino(openvino.from_onnx(graph), folder, manifest)
         proof = proved(folder)
-        label = _with_proof(label, proof)
-        openvino.write_openvino(openvino.from_onnx(graph), folder, label)
-        return folder, label, proof
+        manifest = _with_proof(manifest, proof)
+        openvino.write_openvino(openvino.from_onnx(graph), folder, manifest)
+        return folder, manifest, proof
     proof = proved(graph)
-    label = _with_proof(label, proof)
-    onnx.relabel(graph, label)
+    manifest = _with_proof(manifest, proof)
+    onnx.replace_manifest(graph, manifest)
     if run.format == "onnx":
-        return graph, label, proof
+        return graph, manifest, proof
     folder = work / "triton"
-    triton.write_triton(graph, folder, label)
-    return folder, label, proof
+    triton.write_triton(graph, folder, manifest)
+    return folder, manifest, proof
 
 
 def _quantised(
     run: ExportRun,
     work: Path,
     graph: Path,
-    label: Label,
+    manifest: Manifest,
     reference: TorchEngine,
     proved: Callable[[Path], Proof | DenseProof],
-) -> tuple[Path, Label, Proof | DenseProof]:
+) -> tuple[Path, Manifest, Proof | DenseProof]:
     """The first way of quantising that stays within the bounds; else the last one, with its failures."""
     preprocess = Preprocess(reference.card.preprocessing)
     batches = [torch.stack([preprocess(picture) for picture in part]).numpy() for part in _calibration(run)]
@@ -341,15 +341,15 @@ def _quantised(
             "calibrated_on": ", ".join(Path(path).name for path in run.calibrate),
             "calibration_images": sum(map(len, batches)),
         }
-        label = replace(label, precision="int8", quantisation=how, proof={})
-        openvino.write_openvino(model, folder, label)
+        manifest = replace(manifest, precision="int8", quantisation=how, proof={})
+        openvino.write_openvino(model, folder, manifest)
         proof = proved(folder)
         if proof.passed:
             break
         logger.info("not within the bounds: %s", "; ".join(proof.failures))
-    label = _with_proof(label, proof)
-    openvino.write_openvino(model, folder, label)
-    return folder, label, proof
+    manifest = _with_proof(manifest, proof)
+    openvino.write_openvino(model, folder, manifest)
+    return folder, manifest, proof
 
 
 def _calibration(run: ExportRun) -> Iterator[list[Tensor]]:
@@ -413,7 +413,7 @@ def _check_ours(folder: Path, written: ModuleType) -> None:
     written: the module of its format. Raises ConfigError that names what would be lost.
     """
     try:
-        written.read_label(folder)
+        written.read_manifest(folder)
         own, what = (".", *written.FILES), "holds more than an export"
     except WeightsError:
         own, what = (".",), "is no export of vitrail that can be read"
@@ -443,15 +443,15 @@ def _known(source: Source, card: Card) -> Source | str:
         return str(error)
 
 
-def _with_proof(label: Label, proof: Proof | DenseProof) -> Label:
-    """The label with the proof's numbers, and the accuracy that the artefact itself reached on its card."""
-    scores = dict(label.card.scores)
+def _with_proof(manifest: Manifest, proof: Proof | DenseProof) -> Manifest:
+    """The manifest with the proof's numbers, and the accuracy that the artefact itself reached on its card."""
+    scores = dict(manifest.card.scores)
     if isinstance(proof, DenseProof):
         if proof.score_after is not None:
             scores |= {f"exported_{proof.score}": proof.score_after, "exported_images": proof.labelled}
     elif proof.accuracy_after is not None:
         scores |= {"exported_acc1": proof.accuracy_after, "exported_images": proof.labelled}
-    return replace(label, card=replace(label.card, scores=scores), proof=proof.to_dict())
+    return replace(manifest, card=replace(manifest.card, scores=scores), proof=proof.to_dict())
 
 
 def _place(built: Path, target: Path) -> None:

@@ -47,8 +47,8 @@ ANY = Sizes()
 
 
 @dataclass(frozen=True, kw_only=True)
-class Label:
-    """Of one exported file."""
+class Manifest:
+    """What one exported file carries besides its graph."""
 
     card: Card
     """Class names, preprocessing, origin and scores, as in the model folder."""
@@ -89,7 +89,7 @@ class Label:
         return json.dumps(view, ensure_ascii=False)
 
     @classmethod
-    def from_text(cls, text: str, where: str) -> Label:
+    def from_text(cls, text: str, where: str) -> Manifest:
         """Raises WeightsError for a text that vitrail did not write, or whose names and classes do not fit."""
         if not text:
             raise WeightsError(
@@ -103,7 +103,7 @@ class Label:
                 raise WeightsError(
                     f"{where} has export format {view['format']}, this version reads {FORMAT}: export it again."
                 )
-            label = cls(
+            manifest = cls(
                 card=Card.from_json(view["card"]),
                 precision=str(view["precision"]),
                 free_size=bool(view["free_size"]),
@@ -119,8 +119,8 @@ class Label:
             raise WeightsError(
                 f"{where} carries a card that cannot be read ({type(error).__name__}: {error}); export it again."
             ) from None
-        check_names(label.card, where)
-        return label
+        check_names(manifest.card, where)
+        return manifest
 
 
 def damaged(path: object, error: Exception) -> WeightsError:
@@ -137,7 +137,7 @@ def check_names(card: Card, where: str) -> None:
     names, classes = card.labels, card.num_classes
     if names is not None and len(names) != classes:
         raise WeightsError(
-            f"{where} has {len(names)} class names for {classes} classes: there must be as many. Mend the names in the"
+            f"{where} has {len(names)} class names for {classes} classes: there must be as many. Fix the names in the"
             " model folder's config.json, and export it again."
         )
 
