@@ -15,9 +15,9 @@ from torch import Tensor
 from vitrail.errors import ModelError
 from vitrail.jobs.models import row
 from vitrail.models import registry, t2t
-from vitrail.nn.borrowed import DenseBlock, GatedAttention, GhostAttention, GhostMlp
 from vitrail.nn.entry import SoftSplit
 from vitrail.nn.shapes import Grid
+from vitrail.nn.t2t_blocks import DenseBlock, GatedAttention, GhostAttention, GhostMlp
 from vitrail.weights import adapter
 
 PUBLISHED = {

@@ -26,7 +26,7 @@ from export.worlds import untyped
 from tests.serve.service import Running, picture, running, save_model
 from vitrail.engines import choose
 from vitrail.errors import UserError
-from vitrail.jobs.decoder import Bounds
+from vitrail.jobs.decode_worker import Bounds
 from vitrail.jobs.serve import Seen, Warmth
 from vitrail.predict import Predictor
 from vitrail.serve.admission import Admission

@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vitrail.nn.bit import BitStem
+from vitrail.nn.downsample import Merge
 from vitrail.nn.entry import Chain, Patchify, SoftSplit
-from vitrail.nn.pyramid import Merge
 from vitrail.nn.resnet import Stem
 from vitrail.nn.shapes import Grid
 

@@ -6,7 +6,7 @@ and one box. Positions are sines of row and column, added to queries and keys in
 over the decoder's layers, and while training every layer's answer is given (`BoxOutput.auxiliary`).
 
     DC5         the backbone's last stage dilates instead of striding: a map four times as large
-    panoptic    a mask for every query, from its attention and finer maps (nn.panoptic)
+    panoptic    a mask for every query, from its attention and finer maps (nn.query_masks)
     nano        ours, to be trained on few pictures: a small residual network, three layers and three
 
 The published networks keep the backbone's batch norms, stem and first stage as they were (frozen); a network that
@@ -28,11 +28,11 @@ from vitrail.models.checks import check_config
 from vitrail.models.detector import Detector
 from vitrail.models.detr_layouts import RENAMES as RENAMES
 from vitrail.models.detr_layouts import context as context
-from vitrail.nn.boxes import QueryHead
 from vitrail.nn.decoder import Decoder, Encoder, padding_at, padding_bias
 from vitrail.nn.init import init_detr, skip_on_meta
-from vitrail.nn.panoptic import MaskHead
 from vitrail.nn.position import LearnedAxes, MaskedSine
+from vitrail.nn.query_head import QueryHead
+from vitrail.nn.query_masks import QueryMaskHead
 from vitrail.nn.shapes import BoxOutput
 from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 
@@ -111,7 +111,7 @@ class Detr(Detector):
         self.queries = nn.Embedding(config.queries, width)
         self.head = QueryHead(width, config.num_classes)
         finer = [level.channels for level in chosen.levels[-2::-1]]
-        self.mask_head = MaskHead(width, heads, finer) if config.masks else None
+        self.mask_head = QueryMaskHead(width, heads, finer) if config.masks else None
 
     def forward(
         self, images: Float[Tensor, "B C I J"], padding: Bool[Tensor, "B I J"] | None = None

@@ -23,7 +23,7 @@ from vitrail.models.checks import check_config
 from vitrail.models.detector import Detector
 from vitrail.models.own_layouts import own_layout
 from vitrail.nn.cells import cells_of
-from vitrail.nn.dense_boxes import CellHead, FartherMaps
+from vitrail.nn.fcos_head import CellHead, FartherMaps
 from vitrail.nn.feature_pyramid import FeaturePyramid
 from vitrail.nn.init import skip_on_meta
 from vitrail.nn.shapes import DenseBoxOutput

@@ -23,11 +23,11 @@ from vitrail.models.pit_layouts import RENAMES as RENAMES
 from vitrail.models.pit_layouts import context as context
 from vitrail.nn.attention import Attention
 from vitrail.nn.block import Block, drop_path_rates
+from vitrail.nn.downsample import ConvPool, OverlapPatch, conv_cells
 from vitrail.nn.entry import Chain, PrefixTokens
 from vitrail.nn.heads import ClassHead, DistilledHead
 from vitrail.nn.init import init_pit, skip_on_meta
 from vitrail.nn.position import LearnedPosition
-from vitrail.nn.pyramid import ConvPool, OverlapPatch, conv_cells
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
 from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing

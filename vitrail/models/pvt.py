@@ -26,11 +26,11 @@ from vitrail.models.classifier import Classifier
 from vitrail.models.pvt_layouts import RENAMES as RENAMES
 from vitrail.models.pvt_layouts import context as context
 from vitrail.nn.block import Block, drop_path_rates
+from vitrail.nn.downsample import OverlapPatch
 from vitrail.nn.entry import Chain, Patchify, PrefixTokens
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_pvt_v2, init_trunc_normal, skip_on_meta
 from vitrail.nn.position import LearnedPosition
-from vitrail.nn.pyramid import OverlapPatch
 from vitrail.nn.reduction import ConvMlp, SpatialReduction
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk

@@ -29,7 +29,7 @@ from vitrail.models.backbones import Chosen, backbone
 from vitrail.models.checks import check_config
 from vitrail.models.detector import Detector
 from vitrail.models.own_layouts import own_layout
-from vitrail.nn.anchors import AnchorDecoder, AnchorHead, group_bias, place_code
+from vitrail.nn.anchor_decoder import AnchorDecoder, AnchorHead, group_bias, place_code
 from vitrail.nn.cells import cells_of, outside
 from vitrail.nn.decoder import Encoder, padding_bias
 from vitrail.nn.feature_pyramid import FeaturePyramid

@@ -28,10 +28,10 @@ from vitrail.models.classifier import Classifier
 from vitrail.models.swin_layouts import RENAMES as RENAMES
 from vitrail.models.swin_layouts import context as context
 from vitrail.nn.block import Block, drop_path_rates
+from vitrail.nn.downsample import Merge
 from vitrail.nn.entry import Chain, DropTokens, Patchify
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_swin, skip_on_meta
-from vitrail.nn.pyramid import Merge
 from vitrail.nn.shapes import Grid, Level
 from vitrail.nn.trunk import Stage, Trunk
 from vitrail.nn.window import CosineWindowAttention, RelativeNetwork, RelativeTable, WindowAttention

@@ -27,13 +27,13 @@ from vitrail.models.t2t_layouts import context as context
 from vitrail.models.t2t_layouts import token_grid
 from vitrail.nn.attention import Attention
 from vitrail.nn.block import Block, Mlp, drop_path_rates
-from vitrail.nn.borrowed import DenseBlock, GatedAttention, GhostAttention, GhostMlp, Transition
 from vitrail.nn.entry import Chain, PrefixTokens, SoftSplit
 from vitrail.nn.heads import ClassHead
 from vitrail.nn.init import init_trunc_normal, skip_on_meta
 from vitrail.nn.performer import T2T_KERNEL, RandomFeatures
 from vitrail.nn.position import LearnedPosition, sincos_1d
 from vitrail.nn.shapes import Level
+from vitrail.nn.t2t_blocks import DenseBlock, GatedAttention, GhostAttention, GhostMlp, Transition
 from vitrail.nn.trunk import Stage, Trunk
 from vitrail.weights.card import IMAGENET_MEAN, IMAGENET_STD, Card, Preprocessing
 

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from vitrail.errors import VitrailError
-from vitrail.jobs.decoder import Bounds
+from vitrail.jobs.decode_worker import Bounds
 from vitrail.jobs.serve import Served, find_engine, shares, stamp, use_threads
 from vitrail.runs import ServeRun
 from vitrail.serve import settings

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from vitrail.errors import UserError
-from vitrail.jobs.decoder import HEAD, Bounds, work
+from vitrail.jobs.decode_worker import HEAD, Bounds, work
 from vitrail.jobs.serve import Seen
 from vitrail.serve.refusals import Refusal
 
@@ -76,7 +76,7 @@ class Decoders:
         """Start the processes; returns when each was started. Raises UserError where one cannot be."""
         if hasattr(self.context, "set_forkserver_preload"):
             # What a decoder needs is loaded once, in the process that forks them: a new one is there in milliseconds.
-            self.context.set_forkserver_preload(["vitrail.jobs.decoder"])
+            self.context.set_forkserver_preload(["vitrail.jobs.decode_worker"])
         started = [asyncio.get_running_loop().create_future() for _ in range(self.count)]
         self.tasks = [asyncio.create_task(self._keep(place, started[place])) for place in range(self.count)]
         await asyncio.gather(*started)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from vitrail.nn.attention import attend, attention_weights, head_width, merge_heads, split_heads
 from vitrail.nn.block import Mlp
-from vitrail.nn.boxes import BoxMlp
 from vitrail.nn.decoder import Bias, QueryAttention
 from vitrail.nn.heads import fresh_like
 from vitrail.nn.position import sine_code
+from vitrail.nn.query_head import BoxMlp
 
 TEMPERATURE = 20.0
 """Of the sine codes, in 0..1 of the picture: 10,000 is made for words of a sentence, and 20 for places."""

@@ -57,7 +57,7 @@ class ConvGroup(nn.Module):
         return out
 
 
-class MaskHead(nn.Module):
+class QueryMaskHead(nn.Module):
     """Masks at the finest of the maps handed in.
 
     Args:
