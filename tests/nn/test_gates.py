@@ -189,7 +189,7 @@ def test_every_form_is_its_sum(form: str, subsample: str) -> None:
 def test_a_fresh_block_changes_nothing_and_can_learn(form: str, normed: bool) -> None:
     torch.manual_seed(0)
     block = NonLocal(8, form=form, norm=nn.BatchNorm2d(8) if normed else None)  # type: ignore[arg-type]
-    block.start()
+    block.init_weights()
     map = torch.randn(2, 8, 6, 6)
     assert torch.equal(block(map), map)
     block(map).square().sum().backward()

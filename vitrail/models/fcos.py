@@ -110,7 +110,7 @@ def build(config: Config) -> Fcos:
                 if isinstance(layer, nn.Conv2d):
                     nn.init.kaiming_uniform_(layer.weight, a=1)
                     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
-        model.head.start()
+        model.head.init_weights()
     return model
 
 

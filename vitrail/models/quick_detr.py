@@ -185,8 +185,8 @@ def build(config: Config) -> QuickDetr:
     model = QuickDetr(config, backbone(config.backbone, config.in_chans, **changes))
     if not skip_on_meta(model):
         init_detr(model)
-        model.head.start()
-        model.selector.start()
+        model.head.init_weights()
+        model.selector.init_weights()
     return model
 
 

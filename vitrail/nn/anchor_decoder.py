@@ -189,7 +189,7 @@ class AnchorHead(nn.Module):
         moved = self.boxes(content).float() + logit(boxes.float())
         return self.linear(content), moved.sigmoid()
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """Classes are rare (0.01) and boxes stay where they are."""
         nn.init.constant_(self.linear.bias, -math.log(99))
         nn.init.zeros_(self.boxes.layers[-1].weight)  # type: ignore[arg-type]

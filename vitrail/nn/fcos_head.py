@@ -73,7 +73,7 @@ class CellHead(nn.Module):
         boxes = torch.cat([(low + high) / 2, high - low], dim=-1)  # [B, N, 4]
         return torch.cat(logits, dim=1), boxes, torch.cat(centres, dim=1)
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """Convolutions N(0, 0.01), biases zero; classes are rare (0.01)."""
         for part in self.modules():
             if isinstance(part, nn.Conv2d):

@@ -72,7 +72,7 @@ class NonLocal(nn.Module):
         self.out = nn.Conv2d(inner, channels, 1)
         self.norm = nn.Identity() if norm is None else norm
 
-    def start(self) -> None:
+    def init_weights(self) -> None:
         """Initial weights of the authors' code: N(0, 0.01), biases zero, and a block that changes nothing."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

@@ -51,10 +51,10 @@ def init_jax(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("positions.table"):
             nn.init.normal_(parameter, std=0.02)
-    start_units(model)
+    init_units(model)
 
 
-def start_units(model: nn.Module) -> None:
+def init_units(model: nn.Module) -> None:
     """Hybrid ViTs: the last norm of each residual unit is zero, so that a fresh unit adds nothing (BiT, 1912.11370)."""
     for module in model.modules():
         if isinstance(module, Unit):
@@ -77,7 +77,7 @@ def init_trunc_normal(model: nn.Module, std: float = 0.02) -> None:
     for name, parameter in model.named_parameters():
         if name.endswith("positions.table") or ".prefix." in name:
             nn.init.trunc_normal_(parameter, std=std)
-    start_units(model)
+    init_units(model)
 
 
 def zero_head(model: nn.Module) -> None:
@@ -134,7 +134,7 @@ def init_resnet(model: nn.Module) -> None:
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     for module in model.modules():
         if isinstance(module, NonLocal):
-            module.start()
+            module.init_weights()
 
 
 def init_detr(model: nn.Module) -> None:

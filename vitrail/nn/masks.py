@@ -59,10 +59,10 @@ class MaskHead(nn.Module):
             old.in_channels, num_classes, kernel, padding=kernel // 2, bias=old.bias is not None,
             device=old.weight.device, dtype=old.weight.dtype,
         )  # fmt: skip
-        start_class_layer(self.linear)
+        init_class_layer(self.linear)
 
 
-def start_class_layer(layer: nn.Conv2d) -> None:
+def init_class_layer(layer: nn.Conv2d) -> None:
     """N(0, 0.01), biases 0: every class about equally likely everywhere."""
     nn.init.normal_(layer.weight, std=0.01)
     if layer.bias is not None:
