@@ -13,20 +13,25 @@ class Batch(Protocol):
     """What evaluation reads of a loader's batch."""
 
     @property
-    def images(self) -> Tensor: ...
+    def images(self) -> Tensor:
+        """uint8 `[B, C, h, w]`."""
 
     @property
-    def targets(self) -> Any: ...
+    def targets(self) -> Any:
+        """What the task compares with: classes `[B]`, masks `[B, h, w]`, or boxes of each picture."""
 
 
 class Accumulator(Protocol):
     """Metrics as sums over batches."""
 
-    def add(self, output: Any, targets: Any) -> None: ...
+    def add(self, output: Any, targets: Any) -> None:
+        """Count a batch: the network's output and the loader's targets."""
 
-    def reduce(self, total: Callable[[Tensor], Tensor]) -> None: ...
+    def reduce(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Replace the sums by those over all processes; `total` sums one tensor."""
 
-    def result(self) -> dict[str, float]: ...
+    def result(self) -> dict[str, float]:
+        """The metrics by name; NaN where nothing was counted."""
 
 
 def evaluate(

@@ -90,6 +90,7 @@ def shear_x(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
 
 
 def shear_y(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
+    """Columns slide down by `strength` pixels for each column right of the left edge."""
     return _moved(pictures, fill, yx=strength, origin=(0.0, 0.0))
 
 
@@ -99,6 +100,7 @@ def translate_x(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
 
 
 def translate_y(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
+    """Down by whole pixels."""
     return _moved(pictures, fill, down=strength.trunc())
 
 
@@ -150,15 +152,18 @@ def brightness(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
 
 
 def saturation(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
+    """1 + strength of the picture, the rest its grey version."""
     return _mixed(pictures, grey(pictures.float()).floor(), strength)
 
 
 def contrast(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
+    """1 + strength of the picture, the rest its mean grey."""
     middle = grey(pictures.float()).floor().mean(dim=(1, 2, 3), keepdim=True)
     return _mixed(pictures, middle, strength)
 
 
 def sharpness(pictures: Pixels, strength: Strengths, fill: Fill) -> Pixels:
+    """1 + strength of the picture, the rest its smoothed version (3 x 3; the border stays)."""
     kernel = _kept((1.0, 1.0, 1.0, 1.0, 5.0, 1.0, 1.0, 1.0, 1.0), pictures.device).view(3, 3)
     kernel = (kernel / kernel.sum()).expand(3, 1, 3, 3)
     soft = pictures.float()

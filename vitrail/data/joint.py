@@ -173,6 +173,7 @@ class Place(NamedTuple):
     corner: tuple[int, int]
 
     def cut(self, image: Tensor) -> Tensor:
+        """The window `[C, height, width]` of an image."""
         return image[:, self.top : self.top + self.height, self.left : self.left + self.width]
 
     def laid(self, image: Tensor, size: tuple[int, int], fill: Tensor) -> Tensor:

@@ -73,10 +73,12 @@ class Pass:
 
     @property
     def looks(self) -> list[Look]:
+        """Every mixer's weights, in the order of the pass."""
         return [event for event in self.events if isinstance(event, Look)]
 
     @property
     def moves(self) -> list[Move]:
+        """Every stage's entry, in the order of the pass."""
         return [event for event in self.events if isinstance(event, Move)]
 
     @property

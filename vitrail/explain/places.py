@@ -255,6 +255,7 @@ class Keys(NamedTuple):
 
     @property
     def grid(self) -> Grid:
+        """Rows and columns of keys."""
         return Grid(self.rows.shape[0], self.columns.shape[0])
 
 

@@ -37,6 +37,7 @@ class Rows:
 
     @property
     def tokens(self) -> Float[Tensor, "B Q N"]:
+        """Prefix and cells in the order of the tokens, N = P + h w."""
         return torch.cat([self.prefix, self.cells.flatten(2)], dim=2)
 
 

@@ -39,6 +39,7 @@ class Model(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """Classes of the head; 0 where it has none."""
         return int(self.config.num_classes)
 
     @property

@@ -110,6 +110,7 @@ def transformers_config(name: str, config: Config) -> dict[str, Any]:
 
 
 def one_or_two(size: tuple[int, int]) -> int | list[int]:
+    """A size as configurations of other libraries say it: one number where it is square."""
     return size[0] if size[0] == size[1] else list(size)
 
 

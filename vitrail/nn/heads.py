@@ -125,6 +125,7 @@ class DistilledHead(nn.Module):
         return self.linear
 
     def reset(self, num_classes: int) -> None:
+        """New last layers for other classes, as a new model has them."""
         features = _features(self.linear)
         self.linear = fresh_like(self.linear, features, num_classes, self.start)
         self.distilled = fresh_like(self.distilled, features, num_classes, self.start)

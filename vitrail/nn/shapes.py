@@ -24,6 +24,7 @@ class Grid(NamedTuple):
 
     @property
     def size(self) -> int:
+        """Number of cells."""
         return self.rows * self.columns
 
 

@@ -42,14 +42,17 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
+        """Name of the best class; None where there is none."""
         return self.top[0].label if self.top else None
 
     @property
     def index(self) -> int | None:
+        """Number of the best class."""
         return self.top[0].index if self.top else None
 
     @property
     def score(self) -> float | None:
+        """Probability of the best class, 0..1."""
         return self.top[0].score if self.top else None
 
     def to_dict(self) -> dict[str, Any]:

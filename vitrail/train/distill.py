@@ -16,7 +16,8 @@ from vitrail.nn.shapes import ClassOutput
 class Task(Protocol):
     """The loss on the true labels."""
 
-    def loss(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]: ...
+    def loss(self, output: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Terms by name; their total is called `loss`."""
 
 
 class Distillation:

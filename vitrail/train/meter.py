@@ -25,7 +25,8 @@ class Batches(Protocol):
     batch_size: int
     """Images in a batch, over all processes."""
 
-    def resume(self, epoch: int, position: int) -> None: ...
+    def resume(self, epoch: int, position: int) -> None:
+        """Begin the next iteration in this epoch, behind so many of its images."""
 
     def __iter__(self) -> Iterator[Any]: ...
 

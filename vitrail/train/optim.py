@@ -30,7 +30,9 @@ class Layered(Protocol):
         """0 for what comes before the blocks, 1..depth for the blocks, depth + 1 for the head."""
         ...
 
-    def no_weight_decay(self) -> set[str]: ...
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay leaves alone, besides those of rank 1."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,13 @@ class Pace:
             raise DataError("An epoch has not one full batch; take a smaller batch size.")
 
     def evaluates(self, step: int) -> bool:
+        """Whether an evaluation is due after so many steps."""
         return self.evaluate_every > 0 and (step % self.evaluate_every == 0 or step == self.steps)
 
     def saves(self, step: int) -> bool:
+        """Whether a checkpoint is due after so many steps."""
         return step == self.steps or (self.save_every > 0 and step % self.save_every == 0)
 
     def logs(self, step: int) -> bool:
+        """Whether a line of the log is due after so many steps."""
         return step % self.log_every == 0 or step == self.steps

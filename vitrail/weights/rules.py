@@ -122,10 +122,12 @@ class Match(NamedTuple):
 
     @property
     def theirs(self) -> list[str]:
+        """Names in the file, with the numbers filled in."""
         return [patterns.filled(pattern, self.numbers) for pattern in several(self.rule.theirs)]
 
     @property
     def ours(self) -> list[str]:
+        """Names in the model, with the numbers filled in."""
         return [patterns.filled(pattern, self.numbers) for pattern in several(self.rule.ours)]
 
     def keys(self, prefixes: tuple[str, ...]) -> tuple[str, ...]:
@@ -163,6 +165,7 @@ def base(key: str) -> str:
 
 
 def several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """One name as a tuple of one."""
     return (names,) if isinstance(names, str) else names
 
 
