@@ -31,7 +31,7 @@ class Accumulator(Protocol):
         """Replace the sums by those over all processes; `total` sums one tensor."""
 
     def result(self) -> dict[str, float]:
-        """The metrics by name; NaN where nothing was counted."""
+        """The metrics by name. Raises DataError where not one picture was counted."""
 
 
 def evaluate(

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def export(run: ExportRun) -> int:
-    """What was written and what the proof found; 3 (by ProofError) when the artefact strays."""
+    """What was written and what the proof found; 3 (by ProofError) when the artefact differs beyond the bounds."""
     from vitrail.jobs.export import export as job
 
     with show.messages() as handler, show.Counter("pictures", handler) as counter:
@@ -44,7 +44,7 @@ def _free(manifest: Any) -> str:
 
 
 def _agreement(proof: Any) -> list[list[str]]:
-    """How far the artefact strays, in rows."""
+    """How far the artefact differs from the network, in rows."""
     if hasattr(proof, "rows"):  # of boxes and masks
         found: list[list[str]] = proof.rows()
         return found

@@ -84,7 +84,8 @@ def open_engine(
 def faster_engine(opened: Engine, model: Any, engine: str, *, images: int, batch_size: int) -> Engine:
     """A quicker engine than the one that `open_engine` gave, if there is so much to do that it pays.
 
-    Only `auto` on the CPU looks for one. The answers stay: an engine that strays from torch is not taken.
+    Only `auto` on the CPU looks for one. The answers stay: an engine that differs from torch by more than the bounds
+    of the proof is not taken.
     """
     from vitrail.engines.pytorch import TorchEngine
 

@@ -37,7 +37,7 @@ GAIN = 1.05
 """How much quicker than torch an engine must be to be chosen."""
 
 LOOKS = 16
-"""Photographs on which engines are held against torch."""
+"""Photographs on which engines are compared with torch."""
 
 LOOKS_DENSE = 4
 """The same for boxes and masks, whose pictures cost more and say more."""
@@ -125,7 +125,7 @@ def measure(graphs: GraphCache, network: Any, torch_engine: Any, precision: str,
 
 
 def check(reference: Any, engine: Any, graphs: GraphCache) -> Proof | DenseProof:
-    """How far an engine strays from another on real photographs."""
+    """How far an engine differs from another on real photographs."""
     prepare = Preprocess(graphs.card.preprocessing)
     # torch itself in bfloat16 is no measure for others: bounds are those of the looser precision of the two
     precision = "bf16" if "bf16" in (reference.precision, engine.precision) else engine.precision
@@ -162,7 +162,7 @@ def check_dense(reference: Any, engine: Any, prepare: Preprocess, precision: str
 def proven(graphs: GraphCache, engine: Any) -> str:
     """How an engine on the cached graph agrees with torch in float32: measured at its first use, then known.
 
-    Raises ProofError where it strays.
+    Raises ProofError where it differs beyond the bounds.
     """
     key = f"proof of {engine.name}, {circumstances(engine.precision, 0)}"
     kept = graphs.measurements().get(key)

@@ -1,4 +1,4 @@
-"""The torch engine with token merging, held against itself without: what it gains and what it costs."""
+"""The torch engine with token merging, compared with the same without it: what it gains and what it costs."""
 
 from __future__ import annotations
 

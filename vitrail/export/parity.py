@@ -26,7 +26,7 @@ Answer = Callable[[Sequence[Tensor]], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """How far a hand-over may stray."""
+    """How far an exported file may differ from its network."""
 
     logits: float | None = None
     """Largest difference of a picture's logits, as a share of its largest logit."""

@@ -30,7 +30,7 @@ def answering(engine: Any) -> Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """How far a hand-over may stray."""
+    """How far an exported file may differ from its network."""
 
     logits: float | None = None
     """Largest difference of an output of a picture, as a share of its largest value."""

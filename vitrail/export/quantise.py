@@ -1,10 +1,10 @@
 """int8 after training: weights by channel, activations by what calibration pictures showed (NNCF on OpenVINO).
 
-If the answers stray, layers that are known to be touchy stay in float32, a group more at each try, until the
-bound holds or nothing is left to keep: first depthwise convolutions (a few weights a channel, and one scale for
-channels of very different strength: behind quantised products they cost PVT v2 two thirds of its answers), then the
-patch embedding and the head (few products, much influence), then the second layers of the MLPs (their inputs, after
-the GELU, have far outliers), then the products of attention. What was kept is reported.
+If the answers differ beyond the bounds, layers that are known to be sensitive stay in float32, a group more at each
+try, until the bound holds or nothing is left to keep: first depthwise convolutions (a few weights a channel, and one
+scale for channels of very different strength: behind quantised products they cost PVT v2 two thirds of its answers),
+then the patch embedding and the head (few products, much influence), then the second layers of the MLPs (their
+inputs, after the GELU, have far outliers), then the products of attention. What was kept is reported.
 """
 
 from __future__ import annotations

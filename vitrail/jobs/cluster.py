@@ -2,7 +2,7 @@
 
 Ray hands out the pictures, restarts workers that die and gives their work to others; nothing of that is ours. The
 result is a folder of parquet files. It is also the memory of the job: what stands there is not looked at again, so
-a job that was stopped goes on when it is started again, and every picture is told exactly once.
+a job that was stopped goes on when it is started again, and every picture has exactly one record.
 """
 
 from __future__ import annotations

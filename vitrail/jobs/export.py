@@ -87,12 +87,12 @@ class Exported:
 def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> Exported:
     """Write the artefact and its proof.
 
-    The artefact is made under another name, opened by the engine that other verbs open it with, held against the
+    The artefact is made under another name, opened by the engine that other verbs open it with, compared with the
     network on real pictures, and gets its own name only if it stays within the bounds. The proof is written in any
     case.
 
     Raises:
-        ProofError: the artefact strays; nothing but the proof is left of it.
+        ProofError: the artefact differs beyond the bounds; nothing but the proof is left of it.
         ConfigError: int8 without pictures to calibrate with, a package that is missing, or a target in whose place
             something else stands.
         WeightsError: the folder holds no model, or one with more or fewer names than classes.

@@ -102,7 +102,7 @@ class DensePictures:
 def prove(
     reference: Engine, candidate: Engine, pictures: DensePictures, watch: Callable[[int], None] | None
 ) -> DenseProof:
-    """How far an exported file strays from its network."""
+    """How far an exported file differs from its network."""
     labels = reference.card.labels or tuple(f"class {number}" for number in range(reference.classes))
     task = make_task(reference.card.task, labels)
     with torch.no_grad():

@@ -96,7 +96,7 @@ def find_engine(folder: str, device: str, precision: str) -> str:
     """
     opened = open_engine(folder, device=device, precision=precision)
     found = faster_engine(opened, folder, "auto", images=A_DAY, batch_size=MEASURED_AT)
-    if found is not opened:  # held against float32 once, beside the graph, so that the next start knows it
+    if found is not opened:  # compared with float32 once, beside the graph, so that the next start knows it
         found = open_engine(folder, device=device, precision=precision)
     return found.name
 

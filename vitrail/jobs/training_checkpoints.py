@@ -69,7 +69,7 @@ def check_same(before: Mapping[str, Any], run: TrainRun, where: Path) -> None:
 
 
 def find_checkpoint(run: TrainRun, folder: Path, runtime: Runtime) -> Checkpoint | None:
-    """The checkpoint that the run goes on from, as `resume` wishes; an old run is moved aside for a new one.
+    """The checkpoint that the run goes on from, as `resume` asks; an old run is moved aside for a new one.
 
     Raises ConfigError when `resume` names a checkpoint that is not whole, TrainingError when another process
     trains into the folder that is to be moved.

@@ -148,7 +148,7 @@ class Detect:
     ) -> list[BoxPrediction]:
         """The objects of every picture with a score of at least `threshold`, best first, `most` of them.
 
-        sizes: rows and columns of the original pictures, in whose pixels the corners are told.
+        sizes: rows and columns of the original pictures, in whose pixels the corners are given.
         """
         names = sources or [""] * len(sizes)
         found = []

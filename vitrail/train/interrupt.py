@@ -1,4 +1,4 @@
-"""A wish to stop, from the keyboard or the system, kept until the loop has a moment for it."""
+"""A request to stop, from the keyboard or the system, kept until the loop comes to it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class Interrupt:
-    """Inside, the first SIGINT or SIGTERM only sets `wished`; a second SIGINT interrupts at once."""
+    """Inside, the first SIGINT or SIGTERM only sets `requested`; a second SIGINT interrupts at once."""
 
     def __init__(self) -> None:
-        self.wished = False
+        self.requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
@@ -31,6 +31,6 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.wished and number == signal.SIGINT:
+        if self.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.wished = True
+        self.requested = True

@@ -92,7 +92,7 @@ def train(training: Training) -> Iterator[Record]:
                     backward(loss / pace.accumulate, runtime)
                 meter.count(output, targets, loss)
             norm = t.optimiser.clip(pace.clip)
-            bad, stop, late = meter.settle(norm, interrupt.wished)
+            bad, stop, late = meter.settle(norm, interrupt.requested)
             if bad:
                 refuse(place, pace, runtime, t.network, images, norm, t.optimiser.rate)
             else:
@@ -113,7 +113,7 @@ def train(training: Training) -> Iterator[Record]:
                 with meter.paused():
                     scores = validate(t)
                 yield scores
-                stop = stop or runtime.any(interrupt.wished)
+                stop = stop or runtime.any(interrupt.requested)
             done = out_of_patience(t)
             if t.save is not None and (pace.saves(place.step) or stop or done or late):
                 with meter.paused():
