@@ -18,7 +18,7 @@ from vitrail.nn.trunk import Stage
 
 def tiny(family: str) -> Any:
     """A family's smallest network, seeded, in evaluation mode."""
-    module = registry._module(family)
+    module = registry.module_of(family)
     torch.manual_seed(0)
     return registry.from_config(next(iter(module.VARIANTS)), module.TINY).eval()
 

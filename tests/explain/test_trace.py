@@ -127,7 +127,7 @@ def test_the_flattened_patch_is_the_one_with_most_contrast() -> None:
 
 @pytest.mark.parametrize("family", sorted(registry.families()))
 def test_every_family_has_a_story_and_a_page(family: str) -> None:
-    module = registry._module(family)
+    module = registry.module_of(family)
     torch.manual_seed(0)
     network = registry.from_config(next(iter(module.VARIANTS)), module.TINY)
     found = story(network, note="random weights")

@@ -21,7 +21,7 @@ every = pytest.mark.parametrize("family", FAMILIES)
 
 
 def tiny(family: str, **changes: Any) -> Any:
-    module = registry._module(family)
+    module = registry.module_of(family)
     torch.manual_seed(0)
     config = registry.changed(module.TINY, **changes)
     return registry.from_config(next(iter(module.VARIANTS)), config)
@@ -103,7 +103,7 @@ def test_a_folder_gives_its_weights_to_other_classes(family: str, tmp_path: Path
     model = settle(tiny(family))
     model.save_pretrained(tmp_path / "model")
     changes = {name: value for name, value in vars(model.config).items() if name != "num_classes"}
-    name = next(iter(registry._module(family).VARIANTS))
+    name = next(iter(registry.module_of(family).VARIANTS))
     other = create_model(name, tmp_path / "model", num_classes=2, **changes).eval()
     assert other.receipt.fresh and all(
         name.rpartition(".")[0].endswith("linear") for name in other.receipt.fresh

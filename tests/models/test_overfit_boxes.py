@@ -60,7 +60,7 @@ def learned(model: Any, steps: int, rate: float) -> tuple[dict[str, float], dict
 
 def small(family: str, **changes: Any) -> Any:
     torch.manual_seed(0)
-    module = registry._module(family)
+    module = registry.module_of(family)
     config = registry.changed(module.TINY, num_classes=3, **changes)
     return registry.from_config(next(iter(module.VARIANTS)), config)
 

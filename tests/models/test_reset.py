@@ -15,7 +15,7 @@ DENSE = (*registry.families("object-detection"), *registry.families("image-segme
 
 
 def tiny(family: str) -> Any:
-    module = registry._module(family)
+    module = registry.module_of(family)
     torch.manual_seed(0)
     return registry.from_config(next(iter(module.VARIANTS)), module.TINY)
 

@@ -55,14 +55,14 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted; with `pretrained`
     those of the models that ship, with their tags."""
     names = (
-        shipped.names() if pretrained else [name for family in FAMILIES for name in _module(family).VARIANTS]
+        shipped.names() if pretrained else [name for family in FAMILIES for name in module_of(family).VARIANTS]
     )
     return sorted(name for name in names if fnmatch.fnmatch(name, pattern) or pattern in name)
 
 
 def families(task: str = CLASSIFICATION) -> tuple[str, ...]:
     """The families whose networks do a task: "image-classification", "object-detection", "image-segmentation"."""
-    return tuple(family for family in FAMILIES if task_of(_module(family)) == task)
+    return tuple(family for family in FAMILIES if task_of(module_of(family)) == task)
 
 
 def task_of(module: ModuleType) -> str:
@@ -72,7 +72,7 @@ def task_of(module: ModuleType) -> str:
 
 def is_model(name: str) -> bool:
     """Whether `create_model` knows the name."""
-    return any(_bare(name) in _module(family).VARIANTS for family in _likely(name))
+    return any(_bare(name) in module_of(family).VARIANTS for family in _likely(name))
 
 
 def family_of(name: str) -> ModuleType:
@@ -80,8 +80,8 @@ def family_of(name: str) -> ModuleType:
     if ":" in name:
         return _outside(name)
     for family in _likely(name):
-        if _bare(name) in _module(family).VARIANTS:
-            return _module(family)
+        if _bare(name) in module_of(family).VARIANTS:
+            return module_of(family)
     raise ModelError(
         f"There is no model {name!r}.{suggestion(_bare(name), list_models())} `vitrail models` lists them all."
     )
@@ -225,7 +225,8 @@ def _likely(name: str) -> Iterator[str]:
     yield from sorted(FAMILIES, key=lambda family: not name.startswith(family))
 
 
-def _module(family: str) -> ModuleType:
+def module_of(family: str) -> ModuleType:
+    """The module of a family, by its key in FAMILIES."""
     return importlib.import_module(FAMILIES[family])
 
 
