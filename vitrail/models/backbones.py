@@ -37,6 +37,15 @@ class Chosen(NamedTuple):
     levels: tuple[Level, ...]
     """Channels and stride of each of its maps, fine to coarse."""
 
+    def coarsest(self, maps: int) -> tuple[Level, ...]:
+        """The last so many levels. Raises ModelError where the backbone has fewer."""
+        if len(self.levels) < maps:
+            raise ModelError(
+                f"The backbone has {len(self.levels)} maps; maps={maps} asks for more: take maps={len(self.levels)},"
+                " or a backbone with more stages."
+            )
+        return self.levels[-maps:]
+
 
 def backbone(name: str, in_chans: int = 3, **changes: Any) -> Chosen:
     """The backbone of a classification variant, freshly initialised.

@@ -72,14 +72,9 @@ class Fcos(Detector):
 
     def __init__(self, config: Config, chosen: Chosen) -> None:
         super().__init__()
-        if len(chosen.levels) < config.maps:
-            raise ModelError(
-                f"The backbone {config.backbone} has {len(chosen.levels)} maps; maps={config.maps} asks for more:"
-                f" take maps={len(chosen.levels)}."
-            )
         self.backbone, self.backbone_config = chosen.trunk, chosen.config
         self.maps = config.maps
-        self.pyramid = FeaturePyramid(chosen.levels[-config.maps :], config.width)
+        self.pyramid = FeaturePyramid(chosen.coarsest(config.maps), config.width)
         self.farther = FartherMaps(self.pyramid.levels[-1], config.farther)
         self.head = CellHead(
             config.width, config.num_classes, config.maps + config.farther, config.tower_depth

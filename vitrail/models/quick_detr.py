@@ -94,14 +94,8 @@ class QuickDetr(Detector):
     def __init__(self, config: Config, chosen: Chosen) -> None:
         super().__init__()
         width, heads, hidden, dropout = config.width, config.heads, config.hidden, config.drop_rate
-        read = chosen.levels[-config.maps :]
-        if len(read) < config.maps:
-            raise ModelError(
-                f"The backbone {config.backbone} has {len(chosen.levels)} maps; maps={config.maps} asks for more:"
-                f" take maps={len(chosen.levels)}."
-            )
         self.backbone, self.backbone_config = chosen.trunk, chosen.config
-        self.pyramid = FeaturePyramid(read, width)
+        self.pyramid = FeaturePyramid(chosen.coarsest(config.maps), width)
         self.encoded = config.encoded
         self.encoder = Encoder(width, heads, hidden, config.encoder_depth, dropout=dropout)
         self.norm = nn.LayerNorm(width)
