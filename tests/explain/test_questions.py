@@ -18,7 +18,7 @@ from vitrail.errors import ConfigError, UnsupportedError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.capture import stages_of
 from vitrail.explain.explainer import Explainer
-from vitrail.explain.explorer_page import explorable, layers
+from vitrail.explain.explorer_page import attention_data, explorable
 from vitrail.explain.places import Placement
 from vitrail.explain.questions import (
     Asked,
@@ -133,7 +133,7 @@ def test_the_page_is_for_attention_between_places_of_the_picture() -> None:
     explainer = Explainer(tiny("setr"))
     assert explorable(explainer.network)
     found = explainer(picture(), method="gradcam")
-    assert len(layers(explainer, found)) == len(mixers_of(explainer.network))
+    assert len(attention_data(explainer, found)) == len(mixers_of(explainer.network))
     assert not explorable(Explainer(tiny("detr")).network)
 
 

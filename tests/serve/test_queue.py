@@ -27,7 +27,7 @@ from tests.serve.service import Running, picture, running, save_model
 from vitrail.engines import choose
 from vitrail.errors import UserError
 from vitrail.jobs.decode_worker import Bounds
-from vitrail.jobs.serve import Seen, Warmth
+from vitrail.jobs.serve import Seen, WarmUp
 from vitrail.predict import Predictor
 from vitrail.serve.admission import Admission
 from vitrail.serve.batcher import Batcher, Engine
@@ -40,8 +40,8 @@ class Slow:
 
     name = "slow"
 
-    def __init__(self, sizes: tuple[int, ...], seconds: float = 0.0, abreast: bool = False) -> None:
-        self.warmth = Warmth(sizes, 0.0, dict.fromkeys(sizes, 0.01), abreast)
+    def __init__(self, sizes: tuple[int, ...], seconds: float = 0.0, side_by_side: bool = False) -> None:
+        self.warm_up = WarmUp(sizes, 0.0, dict.fromkeys(sizes, 0.01), side_by_side)
         self.seconds = seconds
         self.batches: list[int] = []
         self.inside = self.most_inside = 0
@@ -83,7 +83,7 @@ def test_batches_grow_while_the_engine_is_busy_and_are_of_the_sizes_allowed() ->
 
 def test_pictures_are_computed_side_by_side_and_a_lone_one_with_every_core() -> None:
     async def go() -> None:
-        model = Slow((1,), 0.05, abreast=True)
+        model = Slow((1,), 0.05, side_by_side=True)
         batcher, engine = await batcher_of(model, lanes=3)
         later = time.monotonic() + 60
         lone = asyncio.create_task(batcher.submit(pixels(1), later))
@@ -100,7 +100,7 @@ def test_pictures_are_computed_side_by_side_and_a_lone_one_with_every_core() -> 
 
 def test_models_that_need_the_whole_engine_and_others_take_turns() -> None:
     async def go() -> None:
-        one, many = Slow((1,), 0.02), Slow((1,), 0.02, abreast=True)
+        one, many = Slow((1,), 0.02), Slow((1,), 0.02, side_by_side=True)
         first, engine = await batcher_of(one, lanes=2)
         second = Batcher(many, engine, lambda stage, value: None)  # type: ignore[arg-type]
         later = time.monotonic() + 60
@@ -370,7 +370,7 @@ def test_the_quickest_engine_is_found_at_the_start_and_kept_in_a_swap(
 ) -> None:
     pytest.importorskip("openvino")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr("vitrail.jobs.serve.A_DAY", 10**12)
+    monkeypatch.setattr("vitrail.jobs.serve.EXPECTED_IMAGES", 10**12)
     monkeypatch.setattr(choose, "installed", lambda: ["openvino"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "openvino": 2.0})
     folder, other = save_model(tmp_path / "model", 0), save_model(tmp_path / "other", 1)

@@ -42,7 +42,7 @@ def explorer(explainer: Explainer, explanations: Sequence[Explanation], note: st
         "width": first.geometry.output[1],
         "maps": [_map(found) for found in explanations],
         "shown": _shown(explainer, explanations),
-        "layers": layers(explainer, first) if explorable(explainer.network) else [],
+        "layers": attention_data(explainer, first) if explorable(explainer.network) else [],
     }
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
     said = [note, *cautions(explanations)]
@@ -142,7 +142,7 @@ def _scores(explanations: Sequence[Explanation]) -> str:
     return "\n".join(rows)
 
 
-def layers(explainer: Explainer, found: Explanation) -> list[dict[str, Any]]:
+def attention_data(explainer: Explainer, found: Explanation) -> list[dict[str, Any]]:
     """Every mixer's weights for the picture, coarse enough to fit."""
     images = normalise(found.pixels[None].to(explainer.device), explainer.engine.card.preprocessing)
     finest = FINEST

@@ -29,7 +29,7 @@ from vitrail.engines.artefact import format_of
 from vitrail.errors import ConfigError, UnsupportedError, VitrailError
 from vitrail.explain.attention import mixers_of
 from vitrail.explain.explainer import Explainer, Explanation
-from vitrail.explain.explorer_page import layers
+from vitrail.explain.explorer_page import attention_data
 from vitrail.explain.overlay import Pixels
 from vitrail.explain.trace import trace
 from vitrail.explain.trace_page import page_data
@@ -52,8 +52,8 @@ WARM_SECONDS = 20.0
 WORTH = 0.96
 """Share of a smaller batch's seconds a picture that a larger one may take, or it is not worth the wait."""
 
-A_DAY = 100_000
-"""Pictures that a service is thought to answer, so that looking for a quicker engine is worth its time."""
+EXPECTED_IMAGES = 100_000
+"""Pictures that a service is expected to answer in its life, by which it is judged whether measuring engines pays."""
 
 MEASURED_AT = 8
 """Pictures in a batch when engines are measured for a service."""
@@ -76,7 +76,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Warmth:
+class WarmUp:
     """What the warm-up found out."""
 
     sizes: tuple[int, ...]
@@ -85,17 +85,17 @@ class Warmth:
     """Largest difference of a logit between a batch of any size tried and the picture alone; 0 is bit for bit."""
     seconds: dict[int, float]
     """Time of one batch, by its size."""
-    abreast: bool = False
+    side_by_side: bool = False
     """Whether pictures may be computed side by side, each with its share of the cores."""
 
 
 def find_engine(folder: str, device: str, precision: str) -> str:
     """The quickest engine for a service of this model, measured and written down where nobody knew it yet.
 
-    Nothing is measured where torch would be through a day's work (`A_DAY`) sooner than that takes.
+    Nothing is measured where torch would be through `EXPECTED_IMAGES` sooner than that takes.
     """
     opened = open_engine(folder, device=device, precision=precision)
-    found = faster_engine(opened, folder, "auto", images=A_DAY, batch_size=MEASURED_AT)
+    found = faster_engine(opened, folder, "auto", images=EXPECTED_IMAGES, batch_size=MEASURED_AT)
     if found is not opened:  # compared with float32 once, beside the graph, so that the next start knows it
         found = open_engine(folder, device=device, precision=precision)
     return found.name
@@ -147,7 +147,7 @@ class Served:
         self.preprocessing = dataclasses.asdict(self.card.preprocessing)
         self.loaded_at = time.time()
         Preprocess(self.card.preprocessing)
-        self.warmth = self._warmed(batch_size, exact)
+        self.warm_up = self._warmed(batch_size, exact)
         network: Any = getattr(self.predictor.engine, "network", None)
         # Where something else computes, the model's own network explains.
         self._explainer = Explainer(self.copy) if network is None else None
@@ -169,7 +169,7 @@ class Served:
     def compute(self, batch: Sequence[Seen]) -> list[Any]:
         """What comes of each picture: logits [K], or the record of its boxes or mask.
 
-        The number of pictures must be one of `warmth.sizes`.
+        The number of pictures must be one of `warm_up.sizes`.
         """
         if self.classifies:
             images = torch.from_numpy(np.stack([seen.pixels for seen in batch]))
@@ -234,13 +234,13 @@ class Served:
             },
             "engine": self.predictor.engine.name,
             "precision": self.predictor.engine.precision,
-            "batch_sizes": list(self.warmth.sizes),
-            "side_by_side": self.warmth.abreast,
-            "batch_difference": self.warmth.difference,
+            "batch_sizes": list(self.warm_up.sizes),
+            "side_by_side": self.warm_up.side_by_side,
+            "batch_difference": self.warm_up.difference,
             "loaded_at": self.loaded_at,
         }
 
-    def _warmed(self, most: int, exact: bool) -> Warmth:
+    def _warmed(self, most: int, exact: bool) -> WarmUp:
         """Run every batch size once on noise, compare each row with the same picture alone, keep what is equal.
 
         Which kernel computes a product depends on the shapes, not on the values: a size that keeps the bits of
@@ -253,7 +253,7 @@ class Served:
             self.compute([Seen(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))])
             begun = time.perf_counter()
             self.compute([Seen(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))])
-            return Warmth((1,), 0.0, {1: time.perf_counter() - begun})
+            return WarmUp((1,), 0.0, {1: time.perf_counter() - begun})
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, (most, *self.input_shape), dtype=torch.uint8, generator=generator)
         if not bool(self.predictor.forward(noise[:1]).isfinite().all()):
@@ -267,8 +267,8 @@ class Served:
         try:
             found, seconds = self._timed(noise[:1])
             apart = float((found - alone[0]).abs().max())
-            abreast = self.share < threads and (apart == 0.0 or not exact)
-            if not abreast:
+            side_by_side = self.share < threads and (apart == 0.0 or not exact)
+            if not side_by_side:
                 use_threads(threads)
                 found, seconds = self._timed(noise[:1])
             kept, difference, size, pace = {1: seconds}, apart, 2, seconds
@@ -284,7 +284,7 @@ class Served:
                 size *= 2
         finally:
             use_threads(threads)
-        return Warmth(tuple(kept), difference, kept, abreast)
+        return WarmUp(tuple(kept), difference, kept, side_by_side)
 
     def _timed(self, images: Tensor) -> tuple[Tensor, float]:
         """Logits of a batch, and the time of the quicker of two runs."""
@@ -335,7 +335,7 @@ class Served:
             "methods": list(explainer.methods),
             "default": explainer.default,
             "trace": page_data(follow),
-            "attention": layers(explainer, looked) if mixers_of(explainer.network) else [],
+            "attention": attention_data(explainer, looked) if mixers_of(explainer.network) else [],
         }
 
     def _explain(self, seen: Seen, asked: ExplainRequest) -> Explanation:

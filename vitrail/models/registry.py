@@ -55,7 +55,9 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     """Names of all variants that match a shell pattern (`"vit_*_384"`) or contain the text, sorted; with `pretrained`
     those of the models that ship, with their tags."""
     names = (
-        shipped.names() if pretrained else [name for family in FAMILIES for name in module_of(family).VARIANTS]
+        shipped.names()
+        if pretrained
+        else [name for family in FAMILIES for name in module_of(family).VARIANTS]
     )
     return sorted(name for name in names if fnmatch.fnmatch(name, pattern) or pattern in name)
 

@@ -187,9 +187,9 @@ class Backend:
             served.version,
             served.predictor.engine.name,
             served.predictor.engine.precision,
-            ", ".join(map(str, served.warmth.sizes)),
-            f", {len(self.engine.lanes)} side by side" if served.warmth.abreast else "",
-            served.warmth.difference,
+            ", ".join(map(str, served.warm_up.sizes)),
+            f", {len(self.engine.lanes)} side by side" if served.warm_up.side_by_side else "",
+            served.warm_up.difference,
         )
         return served
 

@@ -148,12 +148,12 @@ class Batcher:
 
     def __init__(self, served: Served, engine: Engine, observe: Callable[[str, float], None]) -> None:
         self.served, self.engine, self.observe = served, engine, observe
-        self.sizes = sorted(served.warmth.sizes, reverse=True)
+        self.sizes = sorted(served.warm_up.sizes, reverse=True)
         self.waiting: deque[Waiting] = deque()
         self.work = asyncio.Event()
-        self.abreast = max(1, len(engine.lanes)) if served.warmth.abreast else 1
+        self.parallel = max(1, len(engine.lanes)) if served.warm_up.side_by_side else 1
         """Batches that are computed side by side."""
-        self.pace = min(seconds / size for size, seconds in served.warmth.seconds.items()) / self.abreast
+        self.pace = min(seconds / size for size, seconds in served.warm_up.seconds.items()) / self.parallel
         """Seconds a picture takes, smoothed; the warm-up's to begin with."""
         self.running: set[asyncio.Task[None]] = set()
         self.task = asyncio.create_task(self._run())
@@ -176,12 +176,12 @@ class Batcher:
     async def _run(self) -> None:
         while True:
             await self.work.wait()
-            lane = await self.engine.enter(lambda: len(self.waiting) == 1, only_whole=self.abreast == 1)
+            lane = await self.engine.enter(lambda: len(self.waiting) == 1, only_whole=self.parallel == 1)
             batch = self._take()
             if batch:
-                abreast = 1 if lane is self.engine.whole else self.abreast
+                parallel = 1 if lane is self.engine.whole else self.parallel
                 call = self.engine.start(lane, functools.partial(self._computed, batch))
-                task = asyncio.create_task(self._hand_out(batch, call, abreast))
+                task = asyncio.create_task(self._hand_out(batch, call, parallel))
                 self.running.add(task)
                 task.add_done_callback(self.running.discard)
             else:
@@ -205,7 +205,7 @@ class Batcher:
         self.waiting.extendleft(reversed(alive[size:]))
         return alive[:size]
 
-    async def _hand_out(self, batch: list[Waiting], call: Future[Any], abreast: int) -> None:
+    async def _hand_out(self, batch: list[Waiting], call: Future[Any], parallel: int) -> None:
         """Give each of a batch its result."""
         try:
             found = await asyncio.wrap_future(call)
@@ -222,7 +222,7 @@ class Batcher:
         results, begun, spent = found
         for item in batch:
             self.observe("queue", begun - item.since)
-        self.pace += 0.25 * (spent / len(batch) / abreast - self.pace)
+        self.pace += 0.25 * (spent / len(batch) / parallel - self.pace)
         self.observe("infer", spent)
         self.observe("batch", len(batch))
         for item, result in zip(batch, results, strict=True):
