@@ -71,7 +71,7 @@ def test_a_prepared_graph_is_used_again_and_needs_no_network(
 def test_auto_measures_once_when_there_is_much_to_do_and_remembers(
     model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choose, "WORTH", 0.0)
+    monkeypatch.setattr(choose, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 2.0})
     caplog.set_level(logging.INFO, "vitrail")
@@ -89,7 +89,7 @@ def test_what_was_measured_for_a_model_that_ships_is_remembered_too(
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr("vitrail.engines.graph_cache.shipped.ASSETS", tmp_path)
-    monkeypatch.setattr(choose, "WORTH", 0.0)
+    monkeypatch.setattr(choose, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 2.0})
     model = colour_model(tmp_path / "model")
@@ -100,7 +100,7 @@ def test_what_was_measured_for_a_model_that_ships_is_remembered_too(
 
 
 def test_auto_stays_with_torch_where_it_is_as_quick(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choose, "WORTH", 0.0)
+    monkeypatch.setattr(choose, "WORTH_SECONDS", 0.0)
     monkeypatch.setattr(choose, "installed", lambda: ["onnxruntime"])
     monkeypatch.setattr(choose, "speeds", lambda engines, images: {"torch": 1.0, "onnxruntime": 1.01})
     assert faster_engine(open_engine(model), str(model), "auto", images=1000, batch_size=4).name == "torch"

@@ -17,7 +17,7 @@ from vitrail.errors import ImageError
 BUDGET = 512 * 2**20
 """Bytes that a cached data set may take by default."""
 
-LOOKS = 64
+SAMPLED = 64
 """Headers that are read to judge the size of a whole data set."""
 
 
@@ -49,7 +49,7 @@ class Decoded:
 def decoded_bytes(source: Source, limits: Limits = LIMITS) -> int:
     """About how many bytes the decoded pictures take, judged by the headers of a few."""
     found: list[int] = []
-    for index in np.linspace(0, len(source) - 1, min(LOOKS, len(source))).astype(int).tolist():
+    for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source))).astype(int).tolist():
         try:
             data = source.read(index)
             if isinstance(data, np.ndarray):

@@ -100,7 +100,7 @@ def faster_engine(opened: Engine, model: Any, engine: str, *, images: int, batch
     if not graphs.usable or not choose.installed() or choose.remembered(graphs, opened.precision):
         return opened
     seconds = choose.seconds_on(opened, graphs, images, batch_size)
-    if seconds < choose.WORTH:
+    if seconds < choose.WORTH_SECONDS:
         return opened
     logger.info(
         "torch would take about %.0f s for %d pictures: looking for a quicker engine", seconds, images

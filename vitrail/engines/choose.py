@@ -1,6 +1,6 @@
 """Which engine: measured on this machine, on this model, once, and written down beside the graph.
 
-Nothing is prepared for a handful of pictures: where torch would be done within `WORTH` seconds, torch it is. An
+Nothing is prepared for a handful of pictures: where torch would be done within `WORTH_SECONDS` seconds, torch it is. An
 engine counts only if its logits agree with torch's on real photographs, within the bounds of its precision.
 """
 
@@ -30,20 +30,20 @@ logger = logging.getLogger(__name__)
 QUICK = ("openvino", "onnxruntime")
 """Engines that need a prepared graph, the one that is more often the quicker first."""
 
-WORTH = 60.0
+WORTH_SECONDS = 60.0
 """Seconds of work on torch above which preparing a graph (10 to 40 s) and measuring is tried."""
 
-GAIN = 1.05
+LEAST_SPEEDUP = 1.05
 """How much quicker than torch an engine must be to be chosen."""
 
-LOOKS = 16
+PHOTOGRAPHS = 16
 """Photographs on which engines are compared with torch."""
 
-LOOKS_DENSE = 4
+DENSE_PHOTOGRAPHS = 4
 """The same for boxes and masks, whose pictures cost more and say more."""
 
 
-CHOICE = {"bf16": Bounds(logits=0.05, agreement=0.99)}
+CHOICE_BOUNDS = {"bf16": Bounds(logits=0.05, agreement=0.99)}
 """Bounds of the choice where they are not those of an export: of so few photographs, strange to many a model, one
 whose two best classes lie within bf16's rounding would decide alone."""
 
@@ -112,7 +112,7 @@ def measure(graphs: GraphCache, network: Any, torch_engine: Any, precision: str,
             logger.warning("engine %s is left out: %s", name, "; ".join(proofs[name].failures))
     rates = speeds(candidates, _example(graphs, batch_size))
     best = max(rates, key=lambda name: rates[name])
-    chosen = best if rates[best] >= GAIN * rates["torch"] else "torch"
+    chosen = best if rates[best] >= LEAST_SPEEDUP * rates["torch"] else "torch"
     others = ", ".join(f"{name} {rate:.1f}" for name, rate in rates.items() if name != chosen)
     why = f"{rates[chosen]:.1f} images/s here at batch {batch_size}" + (f" ({others})" if others else "")
     if chosen in proofs:
@@ -131,7 +131,7 @@ def check(reference: Any, engine: Any, graphs: GraphCache) -> Proof | DenseProof
     precision = "bf16" if "bf16" in (reference.precision, engine.precision) else engine.precision
     if graphs.card.task != "image-classification":
         return check_dense(reference, engine, prepare, precision)
-    images = photographs(LOOKS)
+    images = photographs(PHOTOGRAPHS)
 
     def answer(through: Any) -> Any:
         def logits(pictures: Sequence[Tensor]) -> Tensor:
@@ -142,7 +142,7 @@ def check(reference: Any, engine: Any, graphs: GraphCache) -> Proof | DenseProof
 
     return prove(
         answer(reference), answer(engine), [(images, None)], precision=precision, pictures="photographs",
-        bounds=CHOICE.get(precision, BOUNDS[precision]),
+        bounds=CHOICE_BOUNDS.get(precision, BOUNDS[precision]),
     )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def check_dense(reference: Any, engine: Any, prepare: Preprocess, precision: str
     labels = reference.card.labels or tuple(f"class {number}" for number in range(reference.classes))
     batches = [
         (*pad_together([prepare(picture)], colour(prepare.preprocessing)), None)
-        for picture in photographs(LOOKS_DENSE)
+        for picture in photographs(DENSE_PHOTOGRAPHS)
     ]
     return prove_dense(
         answering(reference), answering(engine), batches, make_task(reference.card.task, labels),
@@ -204,8 +204,8 @@ def seconds_on(engine: Any, graphs: GraphCache, images: int, batch_size: int) ->
 
 def _example(graphs: GraphCache, batch_size: int) -> Tensor:
     prepare = Preprocess(graphs.card.preprocessing)
-    pictures = photographs(LOOKS)
-    return torch.stack([prepare(pictures[number % LOOKS]) for number in range(batch_size)])
+    pictures = photographs(PHOTOGRAPHS)
+    return torch.stack([prepare(pictures[number % PHOTOGRAPHS]) for number in range(batch_size)])
 
 
 def _line(error: Exception) -> str:

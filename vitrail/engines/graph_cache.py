@@ -39,7 +39,7 @@ REVISION = 1
 
 FOLDER = ".engines"
 GRAPH = "graph.onnx"
-CHOICE = "choice.json"
+MEASUREMENTS = "choice.json"
 
 
 def may_have_graphs(model: str | Path) -> bool:
@@ -128,7 +128,7 @@ class GraphCache:
     def measurements(self) -> dict[str, Any]:
         """What was measured with this graph, by circumstances; empty where nothing was, or it cannot be read."""
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads((self.folder() / CHOICE).read_text(encoding="utf-8"))
+            found = json.loads((self.folder() / MEASUREMENTS).read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
         return {}
 
@@ -136,7 +136,7 @@ class GraphCache:
         """Write down what was measured; where the folder cannot be written, it is measured again next time."""
         text = json.dumps(self.measurements() | measured, indent=2) + "\n"
         with contextlib.suppress(Exception):
-            write_atomically(self.folder() / CHOICE, text.encode())
+            write_atomically(self.folder() / MEASUREMENTS, text.encode())
 
     def _sweep(self, kept: Path) -> None:
         """Remove graphs of what the model beside them was before."""

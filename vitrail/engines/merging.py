@@ -9,7 +9,7 @@ import torch
 from vitrail.data.sample import photographs
 from vitrail.data.transforms import Preprocess
 from vitrail.engines import Engine
-from vitrail.engines.choose import LOOKS, speeds
+from vitrail.engines.choose import PHOTOGRAPHS, speeds
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError
 from vitrail.models.merging import merge_tokens
@@ -35,7 +35,7 @@ def merging(engine: Engine, count: int) -> Engine:
         merge_tokens(engine.network, count), device=str(engine.runtime.device), precision=engine.precision
     )
     prepare = Preprocess(engine.card.preprocessing)
-    images = torch.stack([prepare(picture) for picture in photographs(LOOKS)])
+    images = torch.stack([prepare(picture) for picture in photographs(PHOTOGRAPHS)])
     with torch.no_grad():
         before, after = engine(images), merged(images)
     same = float((before.argmax(dim=1) == after.argmax(dim=1)).double().mean())
@@ -44,6 +44,6 @@ def merging(engine: Engine, count: int) -> Engine:
     logger.info(
         "merging %d tokens a block: %.1f images/s here at batch %d, %.1f without; on %d photographs the first class"
         " is the same in %.0f %%, probabilities move by %.3f at most",
-        count, rates["merged"], BATCH, rates["plain"], LOOKS, 100 * same, change,
+        count, rates["merged"], BATCH, rates["plain"], PHOTOGRAPHS, 100 * same, change,
     )  # fmt: skip
     return merged
