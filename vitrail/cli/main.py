@@ -1,8 +1,8 @@
 """The command line: one table of commands, and what becomes of errors.
 
 A command names its record and its job; nothing of either is imported before the command is chosen.
-Results go to stdout, progress and messages to stderr. Exit codes: 0 well, 1 something failed,
-2 the caller can fix it, 3 a hand-over outside its bounds, 130 interrupted.
+Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 something failed,
+2 an error that the caller can fix, 3 an export or conversion outside its bounds, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class Price:
     model: str
     size: int
     seconds: float
-    """Of one picture through the network, the fastest of the rounds."""
+    """Forward pass of one picture, the fastest of the rounds."""
     memory: int
     """Bytes that building the network and running it added to a process."""
     multiply_adds: int

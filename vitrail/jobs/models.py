@@ -29,7 +29,7 @@ class Cost(NamedTuple):
 
     parameters: int
     multiply_adds: int
-    """Of one image through the network, forward."""
+    """For one image, forward."""
 
     @property
     def gflops(self) -> float:

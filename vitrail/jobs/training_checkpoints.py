@@ -126,9 +126,9 @@ class Checkpointer:
     average: Average | None
     pace: Pace
     fingerprint: str
-    """Of the training pictures."""
+    """Hash of the training pictures."""
     validation_fingerprint: str | None
-    """The same of the validation pictures, where there are any."""
+    """Hash of the validation pictures, where there are any."""
     say: Say
     classes: tuple[str, ...]
 

@@ -77,7 +77,7 @@ def open_data(run: TrainRun, say: Say) -> Data:
 
 
 def part_of(source: Source, share: float) -> Source:
-    """Of each class the share with the smallest hash of its name, one picture at least.
+    """A share of each class: the pictures whose names have the smallest hashes, one at least.
 
     Whatever the seed, so that several runs see the same pictures. Raises ConfigError outside (0, 1].
     """

@@ -68,7 +68,7 @@ class Config:
     growth: tuple[int, ...] = (2, 2, 2, 1)
     """Naive and PUP: a convolution for each number, after which the map grows so many times."""
     auxiliary_growth: tuple[int, ...] = (4,)
-    """The same of auxiliary heads."""
+    """The growth of auxiliary heads' convolutions."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the encoder."""
     drop_rate: float = 0.0

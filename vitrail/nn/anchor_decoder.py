@@ -23,7 +23,7 @@ from vitrail.nn.position import sine_code
 from vitrail.nn.query_head import BoxMlp
 
 TEMPERATURE = 20.0
-"""Of the sine codes, in 0..1 of the picture: 10,000 is made for words of a sentence, and 20 for places."""
+"""Temperature of the sine codes of places in 0..1 (DAB-DETR, "temperature tuning"); 10,000 is made for word order."""
 
 
 def place_code(points: Float[Tensor, "*B P"], width: int) -> Float[Tensor, "*B D"]:

@@ -42,7 +42,7 @@ class BoxTarget(NamedTuple):
     index: int = -1  # type: ignore[assignment]  # a field, in place of the method of tuples
     """The picture's number in the data, to merge metrics of several processes."""
     masks: Bool[Tensor, "n I J"] | None = None
-    """Of the objects, at the network's input size with its padding, for a panoptic head."""
+    """The objects' masks at the network's input size, padding included, for a panoptic head."""
 
 
 @dataclass(frozen=True, kw_only=True)

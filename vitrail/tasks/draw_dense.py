@@ -23,7 +23,7 @@ COLOURS = (
     (230, 75, 53), (46, 160, 67), (47, 111, 214), (245, 166, 35), (155, 81, 224), (0, 168, 181), (233, 84, 164),
     (124, 92, 60), (160, 196, 40), (90, 90, 200), (255, 127, 102), (0, 120, 90), (120, 150, 180), (200, 170, 0),
 )  # fmt: skip
-"""Of the first classes; further ones are spread over the circle of hues."""
+"""Colours (RGB) of the first classes; further ones are spread over the circle of hues."""
 
 IGNORED = 255
 

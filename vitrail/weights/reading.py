@@ -101,7 +101,7 @@ class Reading:
         self.result: dict[str, Tensor] = {}
         self.used: set[str] = set()
         self.slices: dict[str, set[int]] = {}
-        """Of stacked tensors, which slices were used."""
+        """Which slices of stacked tensors were used, by the tensor's name."""
         self.made: list[Made] = []
         self.dropped: list[tuple[str, str]] = []
         self.fresh: list[str] = []
