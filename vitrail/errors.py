@@ -9,7 +9,7 @@
     │   │   └── ImageError      one picture that cannot be read, or may not be
     │   └── UnsupportedError    a pair of things that is not defined together
     ├── TrainingError           a run that cannot go on (losses not finite, a full disk, a dead rank)
-    └── ProofError              a hand-over (export, conversion) outside its bounds; exit code 3
+    └── ProofError              an export or conversion outside its bounds; exit code 3
 
 A message says what went wrong, what is allowed, what came, and the cure.
 """
@@ -62,7 +62,7 @@ class TrainingError(VitrailError):
 
 
 class ProofError(VitrailError):
-    """A hand-over whose result lies outside its bounds."""
+    """An export or conversion whose result lies outside its bounds."""
 
     exit_code = 3
 

@@ -1,4 +1,4 @@
-"""The proof of a hand-over: the same pictures through the network and through what was made of it.
+"""The proof of an export: the same pictures through the network and through what was made of it.
 
 Each side gets the decoded picture and prepares it by its own card, so that a wrong mean, another filter or a
 resizing without antialiasing shows as surely as a wrong weight.

@@ -1,4 +1,4 @@
-"""The proof of a hand-over of boxes or masks: the same pictures through the network and through what was made of it.
+"""The proof of an export of boxes or masks: the same pictures through the network and through what was made of it.
 
 Every tensor that the network answers is compared, and what is decoded from it: boxes by class, place and score,
 masks pixel by pixel. Where the pictures have annotations, the task's score (AP, mIoU) is measured on both sides.
