@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 import vitrail
 from vitrail.errors import UserError
 from vitrail.jobs.serve import ExplainRequest, Seen, Served
-from vitrail.serve import body, infer, schema, settings
+from vitrail.serve import body, open_inference, schema, settings
 from vitrail.serve.admission import Ticket
 from vitrail.serve.backend import Backend, Version
 from vitrail.serve.gate import Gate, refuse
@@ -55,7 +55,7 @@ def make_app(backend: Backend, metrics: Metrics, token: str = "", hosts: tuple[s
     if backend.run.explain:
         add("/explain", handlers.explain, methods=["POST"], response_class=Response, **schema.EXPLAIN)
         add("/story", handlers.story, methods=["POST"], response_class=Response, **schema.STORY)
-    infer.add_routes(app, handlers)
+    open_inference.add_routes(app, handlers)
     if backend.run.page:
         add("/", lambda: _static("index.html"), include_in_schema=False)
     add("/page/{name}", _static, include_in_schema=False)

@@ -192,7 +192,7 @@ TENSORS = {
 }
 
 
-def protocol(name: str, summary: str, *, infer: bool = False) -> dict[str, Any]:
+def open_inference(name: str, summary: str, *, infer: bool = False) -> dict[str, Any]:
     """A route of the Open Inference Protocol."""
     return _route(
         name,

@@ -22,8 +22,8 @@ from vitrail.serve import settings
 from vitrail.serve.app import make_app
 from vitrail.serve.backend import Backend
 from vitrail.serve.gate import LOOPBACK
+from vitrail.serve.http_protocol import GuardedProtocol
 from vitrail.serve.metrics import Metrics
-from vitrail.serve.protocol import GuardedProtocol
 
 logger = logging.getLogger(__name__)
 

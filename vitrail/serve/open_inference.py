@@ -37,7 +37,7 @@ def add_routes(app: FastAPI, handlers: Handlers) -> None:
     """Add the protocol's routes to an app."""
     routes = Routes(handlers)
     add = app.add_api_route
-    tell = schema.protocol
+    tell = schema.open_inference
     add("/v2", routes.server, response_class=Response, **tell("v2_server", "The server"))
     add("/v2/health/live", handlers.live, response_class=Response, **tell("v2_live", "Live"))
     add("/v2/health/ready", handlers.ready, response_class=Response, **tell("v2_ready", "Ready"))
