@@ -17,7 +17,7 @@ from typing import Any
 
 from vitrail.engines import ENGINES
 from vitrail.errors import ConfigError, DataError, require
-from vitrail.jobs.opening import ready
+from vitrail.jobs.opening import engine_for
 from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun
 
@@ -248,7 +248,7 @@ def _check(run: PredictRun) -> None:
 def worker_settings(run: PredictRun, images: int) -> dict[str, Any]:
     """What each worker needs to open the model: the engine is chosen here, once, for all of them."""
     engine: Any = Predictor(run.model, run.engine, run.precision, device=run.device).engine
-    engine = ready(engine, run, images)
+    engine = engine_for(engine, run, images)
     return {
         "model": os.path.abspath(run.model) if os.path.exists(run.model) else run.model,
         "engine": engine.name if engine.name in ENGINES else "auto",

@@ -22,7 +22,7 @@ from vitrail.errors import ConfigError, DataError
 from vitrail.evaluate import evaluate as run_batches
 from vitrail.jobs import evaluate_dense
 from vitrail.jobs.dense_data import held_back, kind_for, learned_from, open_kind
-from vitrail.jobs.opening import asked, ready
+from vitrail.jobs.opening import engine_for, engine_name
 from vitrail.runs import EvaluateRun
 from vitrail.tasks.classify import Classify, ClassMetrics, Mistake, Mistakes
 from vitrail.tasks.draw import NAMED, Tile, confusion_picture, contact_sheet
@@ -81,7 +81,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     """
     if run.batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1; got {run.batch_size}.")
-    engine = open_engine(run.model, asked(run), device=run.device, precision=run.precision)
+    engine = open_engine(run.model, engine_name(run), device=run.device, precision=run.precision)
     engine = _neighbours(run, engine)
     if run.window:
         engine = SlidingEngine(engine, run.window)
@@ -95,7 +95,7 @@ def evaluate(run: EvaluateRun, watch: Callable[[int, int], None] | None = None) 
     source, split, notes = _source(run, splits, engine.card)
     source, more = _matched(source, engine)
     labels = engine.card.labels or source.classes
-    engine = engine if run.knn else ready(engine, run, len(source))
+    engine = engine if run.knn else engine_for(engine, run, len(source))
     loader = _in_order(run, source, engine)
     task = Classify(labels)
     metrics, mistakes, done = task.metrics(), Mistakes(labels), 0

@@ -17,7 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 def open_network(model: str) -> tuple[Any, str]:
-    """The network, and what must be said of it aloud. Raises ModelError where the name means nothing."""
+    """The network, and a note that every result must carry (random weights), or an empty one.
+
+    Raises ModelError where the name means nothing, WeightsError where its folder cannot be read.
+    """
     if on_disk(model):
         return from_pretrained(model_folder(model)), ""
     if not is_model(model):
@@ -30,13 +33,13 @@ def open_network(model: str) -> tuple[Any, str]:
         return create_model(model), "random weights: what is shown means nothing"
 
 
-def asked(run: EvaluateRun | PredictRun) -> str:
-    """The engine that a run asks for; where tokens are merged or neighbours vote, auto means torch."""
+def engine_name(run: EvaluateRun | PredictRun) -> str:
+    """The name of the engine that a run asks for; where tokens are merged or neighbours vote, auto means torch."""
     inside = run.merge_tokens or (isinstance(run, EvaluateRun) and run.knn)
     return "torch" if inside and run.engine == "auto" else run.engine
 
 
-def ready(engine: Engine, run: EvaluateRun | PredictRun, images: int) -> Engine:
+def engine_for(engine: Engine, run: EvaluateRun | PredictRun, images: int) -> Engine:
     """The engine for so many pictures: with merged tokens if the run wants them, else a quicker one if it pays."""
     if run.merge_tokens:
         from vitrail.engines.merging import merging

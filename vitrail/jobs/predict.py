@@ -12,7 +12,7 @@ from vitrail.data.image import decode
 from vitrail.disk import write_atomically
 from vitrail.engines.sliding import SlidingEngine
 from vitrail.errors import ConfigError, DataError
-from vitrail.jobs.opening import asked, ready
+from vitrail.jobs.opening import engine_for, engine_name
 from vitrail.predict import Predictor, expand
 from vitrail.runs import PredictRun
 from vitrail.tasks.draw_dense import Drawn, as_png, draw_boxes, draw_mask, index_png
@@ -53,10 +53,10 @@ def predict(run: PredictRun) -> Predictions:
     if not paths:
         raise DataError("There is no image to look at: name files, folders or patterns.")
     predictor = Predictor(
-        run.model, asked(run), run.precision, device=run.device, top_k=run.top_k, threshold=run.threshold,
+        run.model, engine_name(run), run.precision, device=run.device, top_k=run.top_k, threshold=run.threshold,
         batch_size=1 if run.window else run.batch_size, workers=run.workers,
     )  # fmt: skip
-    predictor.engine = ready(predictor.engine, run, len(paths))
+    predictor.engine = engine_for(predictor.engine, run, len(paths))
     if predictor.engine.name == "torch":  # the others say it when they open
         logger.info("engine torch, %s", predictor.engine.precision)
     if run.window:
