@@ -459,10 +459,8 @@ def served_names(models: Sequence[str]) -> dict[str, str]:
     for word in models:
         name, equals, folder = word.partition("=")
         if not equals or "/" in name:
-            folder, parts = (
-                word,
-                [part for part in Path(word).resolve().parts if part not in ("model", "run")],
-            )
+            folder = word
+            parts = [part for part in Path(word).resolve().parts if part not in ("model", "run")]
             name = parts[-1] if parts else "model"
         name = "".join(
             letter if letter.isascii() and (letter.isalnum() or letter in "-_.") else "-" for letter in name
