@@ -31,11 +31,11 @@ class Facts:
     """cpu, cuda or mps."""
     cores: int
     digits: bool = False
-    """Whether the data are the built-in digits, or others where left and right must not be swapped."""
+    """Whether the built-in digits are among the data: they must not be mirrored, nor mixed."""
     pretrained: str | None = None
-    """Name of the network that the given weights are of, where they tell it."""
+    """Name of the given weights' network, where they tell it."""
     size: tuple[int, int] | None = None
-    """Image size that the given weights are used to."""
+    """Image size that the given weights were trained at."""
     task: str = "image-classification"
     """What the network is for, in the words of its card."""
 
@@ -141,10 +141,10 @@ def _from_scratch(run: TrainRun) -> bool:
 
 def _network(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     if facts.pretrained is not None:
-        yield Choice(fields={"model": facts.pretrained}, reason="the network that the given weights are of")
+        yield Choice(fields={"model": facts.pretrained}, reason="the network of the given weights")
     if not _from_scratch(run):
         if facts.size is not None:
-            yield Choice(fields={"img_size": facts.size}, reason="the size that the weights are used to")
+            yield Choice(fields={"img_size": facts.size}, reason="the size that the weights were trained at")
         return
     if run.model is not None:
         return
@@ -224,7 +224,7 @@ def _optimiser(run: TrainRun, facts: Facts) -> Iterator[Choice]:
         if run.shard:
             yield Choice(fields={"opt": "adamw"}, reason="--shard splits the matrices that Muon needs whole")
         else:
-            yield Choice(fields={"opt": "muon"}, reason="in short runs from nothing it is ahead of AdamW")
+            yield Choice(fields={"opt": "muon"}, reason="ahead of AdamW in short runs from scratch")
         # Where an epoch has few steps and the network is narrow, large steps did better (docs/log.md, digits).
         muon = 1.4e-2 if facts.side <= 16 and facts.images < 5_000 else 2e-3
         base = {"muon": muon, "adamw": 1e-3, "sgd": 0.05}[opt]
@@ -253,10 +253,10 @@ def _regularisation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     long_enough = passes(run, facts) >= 20
     drop = 0.1 if long_enough else 0.0
     smoothing = 0.0 if run.loss == "bce" else 0.1  # smoothed, every class would count as present
-    yield Choice(fields={"drop_path": drop, "smoothing": smoothing}, reason="against learning by heart")
+    yield Choice(fields={"drop_path": drop, "smoothing": smoothing}, reason="against overfitting")
     yield Choice(fields={"model_ema": ema_decay(run, facts, 2)}, reason="weights averaged over two epochs")
     if _from_scratch(run) and long_enough and not facts.digits:
-        yield Choice(fields={"mixup": 0.2, "cutmix": 1.0}, reason="mixed pictures stand in for missing ones")
+        yield Choice(fields={"mixup": 0.2, "cutmix": 1.0}, reason="regularises a network from scratch")
     else:
         yield Choice(fields={"mixup": 0.0, "cutmix": 0.0})
 
@@ -269,7 +269,7 @@ def _augmentation(run: TrainRun, facts: Facts) -> Iterator[Choice]:
         yield Choice(fields={"crop": "pad"}, reason="small pictures are shifted, not zoomed into")
     else:
         scale = (0.08, 1.0) if facts.images >= 100_000 else (0.25, 1.0)
-        yield Choice(fields={"crop": "resized", "scale": scale}, reason="another part every time")
+        yield Choice(fields={"crop": "resized", "scale": scale}, reason="another crop every time")
     if facts.digits:
         fields = {"hflip": 0.0, "aa": "none", "reprob": 0.0, "color_jitter": 0.0}
         yield Choice(fields=fields, reason="a mirrored digit is no digit")

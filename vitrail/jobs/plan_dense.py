@@ -34,9 +34,9 @@ def check(run: TrainRun) -> None:
 
 def _network(run: TrainRun, facts: Facts) -> Iterator[Choice]:
     if facts.pretrained is not None:
-        yield Choice(fields={"model": facts.pretrained}, reason="the network that the given weights are of")
+        yield Choice(fields={"model": facts.pretrained}, reason="the network of the given weights")
     if facts.pretrained is not None and facts.size is not None:
-        yield Choice(fields={"img_size": facts.size}, reason="the size that the weights are used to")
+        yield Choice(fields={"img_size": facts.size}, reason="the size that the weights were trained at")
     kind: Kind = "boxes" if facts.task == "object-detection" else "masks"
     if run.pretrained is None:
         yield Choice(fields={"model": DEFAULTS[kind]}, reason=f"a small network for {kind}")
