@@ -27,7 +27,7 @@ from tests.serve.service import Running, picture, running, save_model
 from vitrail.engines import choose
 from vitrail.errors import UserError
 from vitrail.jobs.decode_worker import Bounds
-from vitrail.jobs.serve import Seen, WarmUp
+from vitrail.jobs.serve import DecodedPicture, WarmUp
 from vitrail.predict import Predictor
 from vitrail.serve.admission import Admission
 from vitrail.serve.batcher import Batcher, Engine
@@ -64,7 +64,7 @@ async def batcher_of(model: Slow, lanes: int = 1) -> tuple[Batcher, Engine]:
 
 
 def pixels(value: int) -> Any:
-    return Seen(np.full((3, 2, 2), value, dtype=np.uint8), (2, 2))
+    return DecodedPicture(np.full((3, 2, 2), value, dtype=np.uint8), (2, 2))
 
 
 def test_batches_grow_while_the_engine_is_busy_and_are_of_the_sizes_allowed() -> None:

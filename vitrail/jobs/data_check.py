@@ -49,7 +49,7 @@ CLASSES_SHOWN = 20
 Watch = Callable[[int, int], None]
 
 
-class Look(NamedTuple):
+class Examined(NamedTuple):
     """What one picture showed."""
 
     number: int
@@ -158,16 +158,16 @@ def check(
     splits = open_kind(kinds_of(data)[0], data, val=tuple(val), val_share=0.0, **options)
     source = splits.everything
     place = _split_names(splits)
-    looks = list(_looks(source, workers, watch))
-    report = _judged(data, splits, source, place, looks)
+    pictures = list(_examine_all(source, workers, watch))
+    report = _judged(data, splits, source, place, pictures)
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     sheet, written = folder / "contact-sheet.png", folder / "report.json"
-    rows, files = list(_rows(source, looks, report)), [written]
+    rows, files = list(_rows(source, pictures, report)), [written]
     if rows:
         draw_sheet(rows, sheet)
         files.append(sheet)
-    sound = [look.number for look in looks if not look.reason]
+    sound = [picture.number for picture in pictures if not picture.reason]
     if source.kind != "classes" and sound:
         files.append(draw_overlays(source, sound, folder))
     report = DataReport(**{**vars(report), "files": tuple(map(str, files))})
@@ -189,19 +189,21 @@ def _split_names(splits: Splits) -> list[str]:
     return names
 
 
-def _looks(source: Source, workers: int | None, watch: Watch | None) -> Iterator[Look]:
+def _examine_all(source: Source, workers: int | None, watch: Watch | None) -> Iterator[Examined]:
     """Decoders release Python's lock, so threads do."""
     threads = workers if workers is not None else os.cpu_count() or 1
     total = len(source)
     with ThreadPoolExecutor(max(1, threads)) as pool:
         for start in range(0, total, 256):  # in pieces, so that Ctrl-C and memory stay in hand
-            for look in pool.map(lambda index: _look(source, index), range(start, min(start + 256, total))):
-                yield look
+            for picture in pool.map(
+                lambda index: _examine(source, index), range(start, min(start + 256, total))
+            ):
+                yield picture
                 if watch is not None:
-                    watch(look.number + 1, total)
+                    watch(picture.number + 1, total)
 
 
-def _look(source: Source, index: int) -> Look:
+def _examine(source: Source, index: int) -> Examined:
     try:
         data = source.read(index)
         raw = data.tobytes() if isinstance(data, np.ndarray) else data
@@ -210,27 +212,27 @@ def _look(source: Source, index: int) -> Look:
         if source.kind != "classes":
             check_size(source.name(index), (height, width), cast(Any, source).target(index))
     except ImageError as error:
-        return Look(index, 0, 0, b"", str(error))
-    return Look(index, height, width, digest, "")
+        return Examined(index, 0, 0, b"", str(error))
+    return Examined(index, height, width, digest, "")
 
 
 def _judged(
-    data: tuple[str, ...], splits: Splits, source: Source, place: list[str], looks: list[Look]
+    data: tuple[str, ...], splits: Splits, source: Source, place: list[str], pictures: list[Examined]
 ) -> DataReport:
-    sound = [look for look in looks if not look.reason]
-    sides = np.array([(look.height, look.width) for look in sound], dtype=np.int64).reshape(-1, 2)
+    sound = [picture for picture in pictures if not picture.reason]
+    sides = np.array([(picture.height, picture.width) for picture in sound], dtype=np.int64).reshape(-1, 2)
     small = bool(len(sides)) and bool(np.median(sides.min(axis=1)) < 2 * TINY)
     groups: dict[bytes, list[int]] = defaultdict(list)
-    for look in sound:
-        groups[look.digest].append(look.number)
+    for picture in sound:
+        groups[picture.digest].append(picture.number)
     twins = [members for members in groups.values() if len(members) > 1]
     labels = source.labels
 
     def named(members: list[int]) -> list[str]:
         return [source.name(index) for index in members]
 
-    def measured(look: Look) -> dict[str, Any]:
-        return {"file": source.name(look.number), "height": look.height, "width": look.width}
+    def measured(picture: Examined) -> dict[str, Any]:
+        return {"file": source.name(picture.number), "height": picture.height, "width": picture.width}
 
     counts: dict[str, dict[str, int]] = {name: {} for name in source.classes}
     for split in dict.fromkeys(place):
@@ -245,10 +247,14 @@ def _judged(
         classes=counts,
         sizes=_spread(sides),
         unreadable=[
-            {"file": source.name(look.number), "reason": look.reason} for look in looks if look.reason
+            {"file": source.name(picture.number), "reason": picture.reason}
+            for picture in pictures
+            if picture.reason
         ],
-        tiny=[] if small else [measured(look) for look in sound if min(look.height, look.width) < TINY],
-        huge=[measured(look) for look in sound if look.height * look.width > HUGE],
+        tiny=[]
+        if small
+        else [measured(picture) for picture in sound if min(picture.height, picture.width) < TINY],
+        huge=[measured(picture) for picture in sound if picture.height * picture.width > HUGE],
         duplicates=[named(members) for members in twins],
         leaks=[named(members) for members in twins if len({place[index] for index in members}) > 1],
         conflicts=[named(members) for members in twins if len(set(labels[members].tolist())) > 1],
@@ -285,9 +291,9 @@ def _spread(sides: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, list[int]]:
     }
 
 
-def _rows(source: Source, looks: list[Look], report: DataReport) -> Iterator[tuple[str, list[Tile]]]:
+def _rows(source: Source, pictures: list[Examined], report: DataReport) -> Iterator[tuple[str, list[Tile]]]:
     """Heading and tiles of each row of the contact sheet; troubles first."""
-    by_name = {source.name(look.number): look for look in looks}
+    by_name = {source.name(picture.number): picture for picture in pictures}
 
     def tiles(names: Iterable[str]) -> list[Tile]:
         chosen = list(names)[:SHOWN]
@@ -303,17 +309,17 @@ def _rows(source: Source, looks: list[Look], report: DataReport) -> Iterator[tup
     ):
         if names:
             yield f"{heading}: {len(names)}", tiles(names)
-    sound = np.array([not look.reason for look in looks])
+    sound = np.array([not picture.reason for picture in pictures])
     shown = list(enumerate(source.classes))[:CLASSES_SHOWN] if source.kind == "classes" else []
     for number, name in shown:
         members = np.flatnonzero((source.labels == number) & sound)
         spread = members[np.linspace(0, len(members) - 1, min(SHOWN, len(members))).astype(int)]
         count = sum(report.classes[name].values())
-        yield f"{name}: {count}", [_tile(source, looks[index]) for index in spread.tolist()]
+        yield f"{name}: {count}", [_tile(source, pictures[index]) for index in spread.tolist()]
 
 
-def _tile(source: Source, look: Look) -> Tile:
-    name = os.path.basename(source.name(look.number))
-    if look.reason:
+def _tile(source: Source, picture: Examined) -> Tile:
+    name = os.path.basename(source.name(picture.number))
+    if picture.reason:
         return Tile(None, name)
-    return Tile(decode(source.read(look.number)).permute(1, 2, 0).numpy(), name)
+    return Tile(decode(source.read(picture.number)).permute(1, 2, 0).numpy(), name)

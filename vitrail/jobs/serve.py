@@ -63,7 +63,7 @@ MOST_LANES = 8
 
 
 @dataclass(frozen=True)
-class Seen:
+class DecodedPicture:
     """One picture as the decoder handed it over."""
 
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
@@ -166,7 +166,7 @@ class Served:
         """Whether answers are classes of whole pictures; else they are boxes or masks."""
         return self.card.task == "image-classification"
 
-    def compute(self, batch: Sequence[Seen]) -> list[Any]:
+    def compute(self, batch: Sequence[DecodedPicture]) -> list[Any]:
         """What comes of each picture: logits [K], or the record of its boxes or mask.
 
         The number of pictures must be one of `warm_up.sizes`.
@@ -250,9 +250,13 @@ class Served:
             # Boxes and masks are computed one picture at a time: their pictures differ in size, and padding one to
             # another's would change its answer.
             channels, rows, columns = self.input_shape
-            self.compute([Seen(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))])
+            self.compute(
+                [DecodedPicture(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))]
+            )
             begun = time.perf_counter()
-            self.compute([Seen(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))])
+            self.compute(
+                [DecodedPicture(np.zeros((channels, rows, columns), dtype=np.uint8), (rows, columns))]
+            )
             return WarmUp((1,), 0.0, {1: time.perf_counter() - begun})
         generator = torch.Generator().manual_seed(0)
         noise = torch.randint(0, 256, (most, *self.input_shape), dtype=torch.uint8, generator=generator)
@@ -302,11 +306,11 @@ class Served:
                 self._explainer = Explainer(self.copy)
             return self._explainer
 
-    def explain(self, seen: Seen, asked: ExplainRequest) -> dict[str, Any]:
+    def explain(self, seen: DecodedPicture, asked: ExplainRequest) -> dict[str, Any]:
         """One map with its picture, JSON-ready. Raises what `Explainer` raises."""
         return explained(self._explain(seen, asked))
 
-    def story(self, seen: Seen, top_k: int) -> dict[str, Any]:
+    def story(self, seen: DecodedPicture, top_k: int) -> dict[str, Any]:
         """What the page tells of one picture: every step, the attention of every layer and head.
 
         Raises UnsupportedError where there is no class at the end.
@@ -338,7 +342,7 @@ class Served:
             "attention": attention_data(explainer, looked) if mixers_of(explainer.network) else [],
         }
 
-    def _explain(self, seen: Seen, asked: ExplainRequest) -> Explanation:
+    def _explain(self, seen: DecodedPicture, asked: ExplainRequest) -> Explanation:
         return self.explainer()(
             _picture(seen),
             asked.target,
@@ -419,7 +423,7 @@ def _png(pixels: Pixels) -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _picture(seen: Seen) -> Tensor:
+def _picture(seen: DecodedPicture) -> Tensor:
     if seen.shown is None:
         raise ConfigError("An explanation needs the picture as it is shown.")
     return torch.from_numpy(seen.shown)

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 
 import vitrail
 from vitrail.errors import UserError
-from vitrail.jobs.serve import ExplainRequest, Seen, Served
+from vitrail.jobs.serve import DecodedPicture, ExplainRequest, Served
 from vitrail.serve import body, open_inference, schema, settings
 from vitrail.serve.admission import Ticket
 from vitrail.serve.backend import Backend, Version
@@ -252,7 +252,7 @@ class Handlers:
 
     async def decoded(
         self, version: Version, name: str, data: bytes, deadline: float, shown: bool = False
-    ) -> Seen:
+    ) -> DecodedPicture:
         """One picture as the network sees it."""
         if not data:
             raise Refusal("no_picture")
@@ -262,7 +262,7 @@ class Handlers:
             data, version.served.preprocessing, name=name, deadline=deadline, shown=shown
         )
 
-    async def seen(self, version: Version, picture: tuple[str, bytes], deadline: float) -> Seen:
+    async def seen(self, version: Version, picture: tuple[str, bytes], deadline: float) -> DecodedPicture:
         """One picture for an explanation: as the network sees it, and to draw on."""
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):

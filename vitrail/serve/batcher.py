@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from vitrail.jobs.serve import Seen, Served, use_threads
+from vitrail.jobs.serve import DecodedPicture, Served, use_threads
 from vitrail.serve.refusals import Refusal
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ DEEP = 2
 class Waiting:
     """One picture, ready for the network."""
 
-    seen: Seen
+    seen: DecodedPicture
     deadline: float
     done: asyncio.Future[Any]
     since: float
@@ -158,7 +158,7 @@ class Batcher:
         self.running: set[asyncio.Task[None]] = set()
         self.task = asyncio.create_task(self._run())
 
-    async def submit(self, seen: Seen, deadline: float) -> Any:
+    async def submit(self, seen: DecodedPicture, deadline: float) -> Any:
         """What the model computes of one picture. Raises Refusal; may be cancelled at any time."""
         done: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.waiting.append(Waiting(seen, deadline, done, time.monotonic()))

@@ -22,7 +22,7 @@ import numpy as np
 
 from vitrail.errors import UserError
 from vitrail.jobs.decode_worker import HEAD, Bounds, work
-from vitrail.jobs.serve import Seen
+from vitrail.jobs.serve import DecodedPicture
 from vitrail.serve.refusals import Refusal
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Job:
     picture: bytes
     name: str
     deadline: float
-    done: asyncio.Future[Seen]
+    done: asyncio.Future[DecodedPicture]
     waiting_since: float
 
 
@@ -96,10 +96,10 @@ class Decoders:
         name: str,
         deadline: float,
         shown: bool = False,
-    ) -> Seen:
+    ) -> DecodedPicture:
         """One picture as the network sees it. Raises Refusal; may be cancelled at any time."""
         order = {"preprocessing": preprocessing, "shown": shown}
-        done: asyncio.Future[Seen] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[DecodedPicture] = asyncio.get_running_loop().create_future()
         self.waiting.append(Job(order, picture, name, deadline, done, time.monotonic()))
         self.work.set()
         return await done
@@ -210,7 +210,7 @@ class Decoders:
                 return None
 
 
-async def _answer(reader: asyncio.StreamReader, job: Job) -> Seen | Refusal:
+async def _answer(reader: asyncio.StreamReader, job: Job) -> DecodedPicture | Refusal:
     """What the process said, trusted no further than its lengths."""
     report_size, data_size = HEAD.unpack(await reader.readexactly(HEAD.size))
     if report_size > LARGEST_REPORT or data_size > 2**28:
@@ -231,7 +231,7 @@ async def _answer(reader: asyncio.StreamReader, job: Job) -> Seen | Refusal:
         pixels = pixels.copy()
         shown = np.frombuffer(data, dtype=np.uint8, offset=split).reshape(shown_shape).copy()
     height, width = (int(side) for side in report["size"])
-    return Seen(pixels, (height, width), shown, job.name)
+    return DecodedPicture(pixels, (height, width), shown, job.name)
 
 
 def _shape(sides: Any) -> tuple[int, int, int]:
@@ -241,7 +241,7 @@ def _shape(sides: Any) -> tuple[int, int, int]:
     return channels, rows, columns
 
 
-def _settle(job: Job, found: Seen | Refusal) -> None:
+def _settle(job: Job, found: DecodedPicture | Refusal) -> None:
     """Tell whoever waits, if anybody still does."""
     if job.done.done():
         return

@@ -20,7 +20,7 @@ import numpy as np
 from fastapi import FastAPI, Request, Response
 
 import vitrail
-from vitrail.jobs.serve import Seen, Served
+from vitrail.jobs.serve import DecodedPicture, Served
 from vitrail.serve import body, schema, settings
 from vitrail.serve.backend import Slot, Version
 from vitrail.serve.refusals import Refusal
@@ -144,7 +144,7 @@ class Routes:
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                     found = await asyncio.gather(
-                        *(version.batcher.submit(Seen(row, size), deadline) for row in batch),
+                        *(version.batcher.submit(DecodedPicture(row, size), deadline) for row in batch),
                         return_exceptions=True,
                     )
             except TimeoutError:
