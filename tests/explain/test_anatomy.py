@@ -72,3 +72,25 @@ def test_layers_of_several_stages_are_named_with_them() -> None:
     found = anatomy(network, [torch.randn(2, 3, 32, 32)])
     assert found.heads[0].layer.startswith("stage 1 block 1")
     assert len({head.layer for head in found.heads}) == sum(len(s.blocks) for s in network.backbone.stages)
+
+
+@pytest.mark.parametrize(
+    "name", ["detr_nano", "quick_detr_nano", "fcos_nano", "setr_pup_nano", "trans2seg_nano", "fpn_swin_nano"]
+)
+def test_detectors_and_segmenters_have_an_anatomy(name: str) -> None:
+    """Object queries look too, but from no place: their attention is left out."""
+    torch.manual_seed(0)
+    network = vitrail.create_model(name, num_classes=3).eval()
+    found = anatomy(network, [torch.randn(1, 3, *network.config.img_size)])
+    assert found.pictures == 1 and found.filters is not None
+    assert all(head.distance > 0 for head in found.heads)
+
+
+def test_tokens_over_a_residual_backbone_look_as_far_in_pixels_as_cells_lie_apart() -> None:
+    torch.manual_seed(0)
+    network = vitrail.create_model("trans2seg_nano", num_classes=3).eval()
+    found = anatomy(network, [torch.randn(1, 3, 192, 256)])
+    rows, columns = torch.meshgrid(torch.arange(192) + 0.5, torch.arange(256) + 0.5, indexing="ij")
+    places = torch.stack([rows, columns], dim=2)[8::16, 8::16].flatten(0, 1)  # cells at stride 16
+    evenly = float(torch.cdist(places, places).mean())
+    assert all(head.distance == pytest.approx(evenly, rel=0.05) for head in found.heads)  # weights are random

@@ -140,6 +140,8 @@ def explicit(
             found.events.append(move)
             found.placement = found.placement.after(move.rows, move.columns)
             return None
+        if not _placed(arguments):
+            return None
         mixer: Any = module
         windowed = local and hasattr(mixer, "local_weights")
         factor: Tensor | None = None
@@ -171,6 +173,11 @@ def explicit(
             yield found
     finally:
         started.remove()
+
+
+def _placed(arguments: tuple[Any, ...]) -> bool:
+    """Whether a mixer was given a map, or tokens with their grid; object queries and what they read have no place."""
+    return arguments[0].ndim == 4 or isinstance(arguments[1], Grid)
 
 
 def chosen(items: list[Item], number: int, what: str) -> Item:
@@ -290,14 +297,17 @@ def last_map(network: nn.Module, images: Tensor) -> str:
 def slid(network: nn.Module) -> Iterator[dict[Grid, Placement]]:
     """Where the cells of maps of each size lie in what comes into a network, filled in by the pass inside.
 
-    The entries of stages say so; where there are no stages, convolutions and poolings that change the size do, in
-    their order. Parts side by side (a shortcut) agree on where the middle of a cell is, so the first of them is heard.
+    The entries of stages say so, and outside stages convolutions and poolings that change the size do, in their
+    order. Parts side by side (a shortcut) agree on where the middle of a cell is, so the first of them is heard.
     """
     found: dict[Grid, Placement] = {}
     # A convolution that is computed together with its norm is not called itself.
     sliding = nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d | Stem | ConvNorm
-    parts: dict[str, nn.Module] = {f"{name}.entry": stage.entry for name, stage in stages_of(network).items()}
-    parts = parts or {name: part for name, part in network.named_modules() if isinstance(part, sliding)}
+    stages = stages_of(network)
+    parts: dict[str, nn.Module] = {f"{name}.entry": stage.entry for name, stage in stages.items()}
+    for name, part in network.named_modules():
+        if isinstance(part, sliding) and not any(name.startswith(f"{stage}.") for stage in stages):
+            parts[name] = part
 
     def heard(_name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
         map = output if isinstance(output, Tensor) else output[0]
