@@ -7,6 +7,7 @@ outlying norm (Darcet et al. 2024, 2309.16588, section 2).
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vitrail.data.finding import some
 from vitrail.explain.attention import Look, blocks_of, explicit
 from vitrail.explain.capture import listen, stages_of
 from vitrail.explain.gates import gates_of
@@ -47,11 +49,16 @@ class Head:
     layer: str
     number: int
     distance: float
-    """Mean distance in pixels between a patch and what it attends to, weighted by attention."""
+    """Mean distance in pixels between a patch and what it attends to, by attention; NaN where no patch asks."""
     entropy: float
     """Mean entropy of its rows over the largest possible, 0..1."""
     one_key: float
     """Mean weight of the key that gets most."""
+
+    @property
+    def placed(self) -> bool:
+        """Whether its queries are patches; class tokens have no place to measure a distance from."""
+        return not math.isnan(self.distance)
 
     @property
     def dead(self) -> str:
@@ -108,16 +115,15 @@ class Anatomy:
         for name, (mean, largest) in list(self.scales.items())[:: max(1, len(self.scales) - 1)]:
             found.append((f"layer scale {name}", f"mean {mean:.2g}, largest {largest:.2g}"))
         if self.heads:
-            first, last = self.heads[0].layer, self.heads[-1].layer
-            reach = {
-                layer: [head.distance for head in self.heads if head.layer == layer]
-                for layer in (first, last)
-            }
-            for layer, distances in reach.items():
-                span = f"{min(distances):.0f} to {max(distances):.0f} pixels"
+            reach: dict[str, list[float]] = {}
+            for head in self.heads:
+                if head.placed:
+                    reach.setdefault(head.layer, []).append(head.distance)
+            for layer in list(reach)[:: max(1, len(reach) - 1)]:
+                span = f"{min(reach[layer]):.0f} to {max(reach[layer]):.0f} pixels"
                 found.append((f"heads of {layer} look", span))
             dead = [head for head in self.heads if head.dead]
-            names = ", ".join(f"{head.layer} head {head.number} ({head.dead})" for head in dead[:6])
+            names = some(f"{head.layer} head {head.number} ({head.dead})" for head in dead)
             found.append(
                 (
                     "dead heads",

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 INK, MUTED, BLUE, ORANGE = "#1c2128", "#5b6570", "#0072b2", "#d55e00"
+LINE_PIXELS = 16
+"""Height of a line of words at matplotlib's 100 dots an inch."""
+
 MOST_PLACES = 14
 """Cells a side whose similarity to all others is drawn."""
 
@@ -97,7 +100,7 @@ def _layers(found: Anatomy) -> dict[str, int]:
 
 
 def _distance(found: Anatomy) -> Figure | None:
-    placed = [head for head in found.heads if head.distance == head.distance]
+    placed = [head for head in found.heads if head.placed]
     if not placed:
         return None
     numbers = _layers(found)
@@ -112,8 +115,7 @@ def _distance(found: Anatomy) -> Figure | None:
     )
     _named(axes, numbers)
     axes.set_ylabel("mean attention distance, pixels")
-    axes.margins(y=0.08)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(head.distance for head in placed) or 1.0)
     return figure
 
 
@@ -163,11 +165,10 @@ def _scales(found: Anatomy) -> Figure | None:
         range(len(values)), [largest for _, largest in values], "o-", color=ORANGE, markersize=3, linewidth=1
     )
     axes.plot(range(len(values)), [mean for mean, _ in values], "o-", color=BLUE, markersize=3, linewidth=1)
-    axes.text(len(values) - 1, values[-1][1], " largest", color=ORANGE, va="center")
-    axes.text(len(values) - 1, values[-1][0], " mean", color=BLUE, va="center")
     _logarithmic(axes)
     axes.set_ylabel("magnitude of the factors")
     axes.margins(x=0.08)
+    _ends(axes, len(values) - 1, {"largest": (values[-1][1], ORANGE), "mean": (values[-1][0], BLUE)})
     _named(axes, numbers)
     return figure
 
@@ -212,13 +213,21 @@ def _norms(found: Anatomy) -> Figure | None:
         linewidth=1,
     )
     last = found.norms[-1]
-    axes.text(len(numbers) - 1, last.largest, " longest", color=ORANGE, va="center")
-    axes.text(len(numbers) - 1, last.median, " median", color=BLUE, va="center")
     _logarithmic(axes)
     axes.margins(x=0.08)
     axes.set_ylabel("norm")
+    _ends(axes, len(numbers) - 1, {"longest": (last.largest, ORANGE), "median": (last.median, BLUE)})
     _named(axes, numbers)
     return figure
+
+
+def _ends(axes: Axes, place: float, lines: dict[str, tuple[float, str]]) -> None:
+    """Names of an upper and a lower line at their right ends, one above and one below where they would touch."""
+    (_, (upper, _)), (_, (lower, _)) = lines.items()
+    heights = axes.transData.transform([(place, upper), (place, lower)])[:, 1]
+    aligned = ("center", "center") if heights[0] - heights[1] > LINE_PIXELS else ("bottom", "top")
+    for (name, (value, colour)), how in zip(lines.items(), aligned, strict=True):
+        axes.text(place, value, f" {name}", color=colour, va=how)
 
 
 def _logarithmic(axes: Axes) -> None:
