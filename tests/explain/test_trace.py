@@ -117,6 +117,27 @@ def test_similarity_of_positions_is_one_with_themselves() -> None:
     assert story(small(position="none")).stages[0].similarity is None
 
 
+@pytest.mark.parametrize(
+    ("name", "stage"), [("t2t_nano_32", "stage 3"), ("pit_nano_32", "stage 1"), ("swin_nano_patch2_32", None)]
+)
+def test_positions_are_shown_where_they_are_added(name: str, stage: str | None, drawn: list[Any]) -> None:
+    """T2T-ViT adds them in its third stage; nobody may read that there are none."""
+    torch.manual_seed(0)
+    found = story(vitrail.create_model(name))
+    assert (found.placed and found.placed.name) == stage
+    assert any("positions" in step.name for step in found.steps) == (stage is not None)
+    poster(found)
+    told, text = written(drawn[0]), page(found)
+    data = check_page(text, found)
+    for words in (told, text):
+        assert ("Each token knows its place" in words) == (stage is not None)
+        assert ("No positions are added" in words) == (stage is None)
+    assert (
+        ("before positions" in told) == (stage is not None) == ("before positions" in data["words"]["when"])
+    )
+    assert ("stage 3: a tile for each place" in told) == (stage == "stage 3")
+
+
 def test_the_flattened_patch_is_the_one_with_most_contrast() -> None:
     network = small(img_size=(32, 48))
     pixels = torch.full((3, 32, 48), 128, dtype=torch.uint8)

@@ -139,6 +139,11 @@ class Trace:
         return self.windows[0].kernel, self.windows[1].kernel
 
     @property
+    def placed(self) -> StageTrace | None:
+        """The first stage that adds positions; None where none does."""
+        return next((stage for stage in self.stages if stage.similarity is not None), None)
+
+    @property
     def overlapping(self) -> bool:
         """Whether the first tokens' windows share pixels: convolutional stems, overlapping patches."""
         return any(window.overlaps for window in self.windows)

@@ -23,7 +23,7 @@ def page(trace: Trace) -> str:
     """The page's text. Everything it shows is in it: the image, the maps as bytes, style and script."""
     best = trace.prediction.top[0]
     data = json.dumps(page_data(trace), separators=(",", ":"), ensure_ascii=True).replace("<", "\\u003c")
-    told = words(trace.convolutional, trace.overlapping)
+    told = words(trace)
     texts = {
         "TITLE": html.escape(f"{trace.source} through {trace.model}"),
         "SUMMARY": html.escape(f"{trace.model} says {best.label}, {best.score:.1%}"),
@@ -33,6 +33,7 @@ def page(trace: Trace) -> str:
         "PIECE": told.piece,
         "FLAT": told.flat,
         "MADE": told.made,
+        "PLACED": told.placed,
         "BLOCKS": told.blocks,
         "CELLS": "cells" if trace.convolutional else "patch tokens",
         "DATA": data,
@@ -51,7 +52,7 @@ def page_data(trace: Trace) -> dict[str, Any]:
     """What the page draws, JSON-ready: the image as a PNG, maps as bytes, words for what is shown."""
     return {
         "image": data_url(as_rgb(trace.pixels)),
-        "words": dataclasses.asdict(words(trace.convolutional, trace.overlapping)),
+        "words": dataclasses.asdict(words(trace)),
         "channels": int(trace.pixels.shape[0]),
         "height": int(trace.pixels.shape[1]),
         "width": int(trace.pixels.shape[2]),

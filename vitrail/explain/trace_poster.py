@@ -146,7 +146,7 @@ def _patches(band: SubFigure, trace: Trace) -> None:
     """The picture under its grid, one patch flattened, and the table of steps."""
     height = _inches(band)
     grid, (rows, columns) = trace.stages[0].grid, trace.patch
-    size, told = (trace.pixels.shape[1], trace.pixels.shape[2]), words(trace.convolutional, trace.overlapping)
+    size, told = (trace.pixels.shape[1], trace.pixels.shape[2]), words(trace)
     _heading(
         band, height, 1, told.cut,
         f"{size[0]} × {size[1]} pixels, {grid.rows} × {grid.columns} {told.pieces} of {rows} × {columns}"
@@ -213,7 +213,7 @@ def _strip(band: SubFigure, trace: Trace, cut: UInt8[Tensor, "C h w"], top: floa
         )
         axes.set_ylabel(name, rotation=0, ha="right", va="center", size=7.5)
     axes.set_xlabel(
-        f"these {flat.size} numbers, normalised, {words(trace.convolutional, trace.overlapping).read}",
+        f"these {flat.size} numbers, normalised, {words(trace).read}",
         size=8,
         loc="left",
     )
@@ -256,7 +256,7 @@ def _tall(note: str) -> float:
 
 def _tokens(band: SubFigure, trace: Trace) -> None:
     """Embeddings as a heat map, and how alike the positions are."""
-    height, stage, told = _inches(band), trace.stages[0], words(trace.convolutional, trace.overlapping)
+    height, stage, told = _inches(band), trace.stages[0], words(trace)
     values = stage.embeddings.numpy()
     _heading(
         band, height, 3, told.made,
@@ -268,14 +268,16 @@ def _tokens(band: SubFigure, trace: Trace) -> None:
     axes.set_ylabel(told.piece)
     axes.set_xlabel("channel")
     _scale(band, image, 0.497, 0.45, height - 1.3, (-reach, 0.0, reach))
-    if stage.similarity is None:
+    placed = trace.placed
+    if placed is None or placed.similarity is None:
         _heading(band, height, 4, told.placed, told.order, 0.585)
         return
+    later = "" if placed is stage else f"{placed.name}: "
     _heading(
-        band, height, 4, "Each token knows its place",
-        "a tile for each place: the cosine of its position to every other's", 0.585,
+        band, height, 4, told.placed,
+        f"{later}a tile for each place: the cosine of its position to every other's", 0.585,
     )  # fmt: skip
-    tiles = _tiles(stage.similarity, stage.references)
+    tiles = _tiles(placed.similarity, placed.references)
     side = height - 1.0
     share = min(0.36, side / 14 * tiles.shape[1] / tiles.shape[0])
     axes = _place(band, 0.585, 0.15, share, side)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vitrail.explain.trace import Trace
 
 IN_FLOAT32 = "Computed in float32: `vitrail predict --precision fp32` gives the same numbers."
 
@@ -28,7 +32,7 @@ class Words:
     when: str
     """The moment at which these are shown."""
     placed: str
-    """Heading where no positions are added, and why that is no loss."""
+    """Heading of the positions, or that none are added, and why that is no loss."""
     order: str
     blocks: str
     """Heading of the blocks."""
@@ -43,7 +47,7 @@ TOKENS = Words(
     made="Each patch becomes a token",
     items="tokens",
     when="before positions are added",
-    placed="No positions are added",
+    placed="Each token knows its place",
     order="the order enters in the blocks themselves",
     blocks="Block after block, tokens look at each other",
 )
@@ -76,8 +80,11 @@ CELLS = Words(
 """For convolutional networks."""
 
 
-def words(convolutional: bool, overlapping: bool) -> Words:
+def words(trace: Trace) -> Words:
     """Those that fit a trace."""
-    if convolutional:
+    if trace.convolutional:
         return CELLS
-    return WINDOWS if overlapping else TOKENS
+    found = WINDOWS if trace.overlapping else TOKENS
+    if trace.placed is None:
+        return dataclasses.replace(found, when="as they are made", placed="No positions are added")
+    return found
