@@ -49,6 +49,27 @@ def test_one_call_gives_a_map_over_the_picture(folder: Path, photo: Path) -> Non
     assert (y, x) == pytest.approx((100, 150), abs=0.51 * cell["scale_y"] / 8)
 
 
+def test_it_may_be_called_under_inference_mode(folder: Path, photo: Path) -> None:
+    wanted = vitrail.explain(folder, photo, method="relevance").values
+    network = tiny("resnet")
+    with torch.inference_mode():
+        assert np.array_equal(vitrail.explain(folder, photo, method="relevance").values, wanted)
+        assert vitrail.explain(network, photo, method="gradcam").heat.values.isfinite().all()
+
+
+def test_a_class_may_be_any_whole_number_and_a_name_must_be_of_one_class(folder: Path, photo: Path) -> None:
+    explainer = Explainer(folder)
+    for number in (2, np.int64(2), torch.tensor(2), "2", "cat"):
+        assert explainer.class_number(number) == 2  # type: ignore[arg-type]
+    for wrong in (2.0, -1, 5, "-1"):
+        with pytest.raises(ConfigError, match="is no class of this model"):
+            explainer.class_number(wrong)  # type: ignore[arg-type]
+    explainer.labels = ("crane", "bee", "crane", "dog", "elk")
+    with pytest.raises(ConfigError, match="'crane' is the name of 2 classes, 0, 2: give the number"):
+        explainer(photo, "crane")
+    assert explainer(photo, 2).target == 2
+
+
 def test_what_it_is_called_with_may_be_anything_a_picture_can_be(folder: Path, photo: Path) -> None:
     explainer = Explainer(folder)
     image = Image.open(photo).convert("RGB")

@@ -93,7 +93,7 @@ def test_an_undefined_pair_says_what_works() -> None:
         choose(tiny("resnet"), "rollout")
     with pytest.raises(ConfigError, match="Did you mean relevance"):
         choose(tiny("vit"), "relevanse")
-    with pytest.raises(ConfigError, match="gradcam take no head; head goes with: attention"):
+    with pytest.raises(ConfigError, match="gradcam takes no head; head goes with: attention"):
         check_options(["gradcam"], Options(head=1))
     with pytest.raises(ConfigError, match="layer must be 0 to 1"):
         heat_of(tiny("vit"), pictures(tiny("vit")), [0, 0], "attention", Options(layer=7))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import threading
 from collections.abc import Sequence
@@ -215,6 +216,7 @@ class Explainer:
         Image.fromarray(found.overlay()).save("rose-explained.png")
     """
 
+    @torch.inference_mode(False)  # weights that are loaded in it would never take part in a gradient
     def __init__(self, model: str | Path | nn.Module, *, device: str = "auto") -> None:
         self.engine = TorchEngine(model, device=device, precision="fp32")
         self.network: nn.Module = self.engine.network
@@ -256,16 +258,25 @@ class Explainer:
         return self.engine.runtime.device
 
     def class_number(self, target: str | int) -> int:
-        """The number of a class by name or number. Raises ConfigError with near matches."""
-        if isinstance(target, str) and target in self.labels:
-            return self.labels.index(target)
-        number = int(target) if isinstance(target, int) or target.isdecimal() else -1
+        """The number of a class by name or number. Raises ConfigError with near matches, or for a name of several."""
+        named = [number for number, label in enumerate(self.labels) if label == target]
+        if len(named) > 1:
+            raise ConfigError(
+                f"{target!r} is the name of {len(named)} classes, {some(named)}: give the number."
+            )
+        if named:
+            return named[0]
+        if isinstance(target, str):
+            number = int(target) if target.isdecimal() else -1
+        else:
+            number = operator.index(target) if hasattr(target, "__index__") else -1
         if not 0 <= number < len(self.labels):
             near = suggestion(str(target), self.labels)
             near = near or f" It knows {some(self.labels)}, by number 0 to {len(self.labels) - 1}."
             raise ConfigError(f"{target!r} is no class of this model.{near}")
         return number
 
+    @torch.inference_mode(False)  # methods need gradients, wherever they are called from
     def __call__(
         self,
         image: Picture,

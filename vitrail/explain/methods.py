@@ -184,7 +184,8 @@ def check_options(methods: Sequence[str], options: Options) -> None:
         given = getattr(options, field) != getattr(default, field)
         if given and not any(field in METHODS[method].takes for method in methods):
             takers = ", ".join(name for name, other in METHODS.items() if field in other.takes)
-            raise ConfigError(f"{' and '.join(methods)} take no {field}; {field} goes with: {takers}.")
+            verb = "takes" if len(methods) == 1 else "take"
+            raise ConfigError(f"{' and '.join(methods)} {verb} no {field}; {field} goes with: {takers}.")
 
 
 def heat_of(
