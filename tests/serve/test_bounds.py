@@ -184,6 +184,32 @@ def test_bodies_are_bounded_however_they_come(service: Running) -> None:
     assert tiny.splitlines()[0].split()[1] in (b"400", b"413", b"415")
 
 
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("/predict?model=nope", "no_such_model"),
+        ("/predict?top_k=0", "bad_parameter"),
+        ("/nope", "no_such_route"),
+        ("/models", "wrong_method"),
+    ],
+)
+def test_a_refusal_is_heard_where_the_connection_ends_with_it(
+    service: Running, path: str, code: str, version: str
+) -> None:
+    """Proxies ask so: closing while a body still comes would reset the connection, and lose the answer."""
+    head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\nContent-Length: "
+    for size in (900 * 2**10, 0):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=10) as link:
+            begun = time.monotonic()
+            link.sendall(f"{head}{size}\r\n\r\n".encode() + bytes(size))
+            found = b""
+            while piece := link.recv(65536):
+                found += piece
+        assert code.encode() in found
+    assert time.monotonic() - begun < 0.9  # nobody waits for the rest of a body that is there
+
+
 def test_a_large_body_may_come_in_the_pieces_of_a_network() -> None:
     whole, piece = 30 * 2**20, 1448  # what one Ethernet frame carries of it
 

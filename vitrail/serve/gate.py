@@ -114,7 +114,9 @@ class Gate:
         headers = _texts(scope["headers"])
         identity = _identity(headers)
         state = scope.setdefault("state", {})
-        state.update(request_id=identity, begun=time.monotonic(), headers=headers)
+        lasting = scope.get("http_version") == "1.1" and "close" not in headers.get("connection", "").lower()
+        ends = self.draining() or not lasting
+        state.update(request_id=identity, begun=time.monotonic(), headers=headers, ends=ends, read=False)
         answer = _Answer(send, identity, self.draining)
         # HEAD is answered as GET; the protocol leaves the body out.
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
@@ -123,6 +125,7 @@ class Gate:
             message = await receive()
             if state.get("broken"):
                 raise Refusal("bad_request")
+            state["read"] = not message.get("more_body")
             return message
 
         try:
@@ -249,11 +252,13 @@ def _written(refusal: Refusal, identity: str) -> bytes:
 async def refuse(receive: Receive, send: Send, refusal: Refusal, state: dict[str, Any]) -> None:
     """Answer with a refusal."""
     state["refused"] = refusal.code
-    if refusal.close and refusal.code != "slow_body" and "expect" not in state["headers"]:
-        await _discard(receive)
     body = json.dumps(refusal.body()).encode()
     await send({"type": "http.response.start", "status": refusal.status, "headers": _refused(refusal, body)})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    ends = refusal.close or state["ends"]
+    if ends and not state["read"] and refusal.code != "slow_body" and "expect" not in state["headers"]:
+        await _discard(receive)
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _discard(receive: Receive) -> None:
