@@ -174,6 +174,21 @@ def test_what_is_asked_for_with_head_is_answered_as_with_get_but_for_the_body(se
     assert service.ask("HEAD", "/nothing").status == 404
 
 
+def test_the_list_of_routes_says_how_many_pictures_each_takes(service: Running) -> None:
+    routes = service.ask("GET", "/openapi.json").json["paths"]
+    form = b"".join(
+        b'--sill\r\nContent-Disposition: form-data; name="image"\r\n\r\n' + picture(seed) + b"\r\n"
+        for seed in (1, 2)
+    )
+    for path, most in (("/predict", None), ("/explain", 1), ("/story", 1)):
+        told = routes[path]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+        assert told["properties"]["image"].get("maxItems") == most
+        found = service.ask(
+            "POST", path, form + b"--sill--\r\n", content_type="multipart/form-data; boundary=sill"
+        )
+        assert found.status == (200 if most is None else 413)
+
+
 def test_classes_whose_names_are_numbers_are_explained_by_number_or_name(tmp_path: Path) -> None:
     """The page asks by `index`: `class=2` is the class called 2, which may be another one."""
     folder = save_model(tmp_path / "model", num_classes=4)

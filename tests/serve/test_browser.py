@@ -441,6 +441,10 @@ def test_the_list_of_routes_is_drawn_from_the_openapi_file(browser: Any, service
     page = Page(browser, service, "/docs")
     titles = [node.inner_text() for node in page.page.locator("article h2").all()]
     assert "POST /predict" in titles and "POST /v2/models/{name}/infer" in titles
+    examples = dict(
+        zip(titles, (node.inner_text() for node in page.page.locator("article pre").all()), strict=True)
+    )
+    assert "two.png" in examples["POST /predict"] and "two.png" not in examples["POST /explain"]
     page.close()
 
 

@@ -13,31 +13,38 @@ ABOUT = (
 )
 
 PICTURE = {"schema": {"type": "string", "format": "binary"}}
-BODY = {
-    "required": True,
-    "content": {
-        "image/jpeg": PICTURE,
-        "image/png": PICTURE,
-        "image/webp": PICTURE,
-        "application/json": {
-            "schema": {
-                "type": "object",
-                "description": "Only where the service was told to fetch from those hosts (--fetch-from).",
-                "properties": {
-                    "url": {"type": "string"},
-                    "urls": {"type": "array", "items": {"type": "string"}},
-                },
-            }
+
+
+def _body(most: dict[str, int]) -> dict[str, Any]:
+    """Pictures as the body itself, by URL, or as a form with at most so many (`maxItems`)."""
+    return {
+        "required": True,
+        "content": {
+            "image/jpeg": PICTURE,
+            "image/png": PICTURE,
+            "image/webp": PICTURE,
+            "application/json": {
+                "schema": {
+                    "type": "object",
+                    "description": "Only where the service was told to fetch from those hosts (--fetch-from).",
+                    "properties": {
+                        "url": {"type": "string"},
+                        "urls": {"type": "array", "items": {"type": "string"}, **most},
+                    },
+                }
+            },
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "properties": {
+                        "image": {"type": "array", "items": {"type": "string", "format": "binary"}, **most}
+                    },
+                    "required": ["image"],
+                }
+            },
         },
-        "multipart/form-data": {
-            "schema": {
-                "type": "object",
-                "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-                "required": ["image"],
-            }
-        },
-    },
-}
+    }
+
 
 NUMBER = {"type": ["number", "null"]}
 RECORD = {
@@ -141,7 +148,7 @@ PREDICT = _route(
         _query("mask", "Add the mask of a segmentation.", type="boolean", default=False),
         DEADLINE,
     ],
-    body=BODY,
+    body=_body({}),
     refusals=IN_PICTURES,
 )
 
@@ -169,7 +176,7 @@ EXPLAIN = _route(
         _query("token", "Token whose attention is shown.", type="string", maxLength=200),
         DEADLINE,
     ],
-    body=BODY,
+    body=_body({"maxItems": 1}),
     refusals=IN_PICTURES,
 )
 
@@ -182,7 +189,7 @@ STORY = _route(
         _query("top_k", "Classes at the end.", type="integer", minimum=1, maximum=100, default=5),
         DEADLINE,
     ],
-    body=BODY,
+    body=_body({"maxItems": 1}),
     refusals=IN_PICTURES,
 )
 

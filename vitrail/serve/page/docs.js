@@ -15,8 +15,9 @@ function kind(schema) {
 function example(path, method, route) {
   const url = `${location.origin}${path}`;
   if (method === "get") return `curl ${url}`;
-  const body = route.requestBody?.content ?? {};
-  return "image/jpeg" in body ? `curl --data-binary @photo.jpg -H 'content-type: image/jpeg' ${url}\ncurl -F image=@one.jpg -F image=@two.png ${url}` : `curl -d @request.json -H 'content-type: application/json' ${url}`;
+  const body = route.requestBody?.content ?? {}, most = body["multipart/form-data"]?.schema.properties.image.maxItems;
+  const files = most === 1 ? "-F image=@one.jpg" : "-F image=@one.jpg -F image=@two.png";
+  return "image/jpeg" in body ? `curl --data-binary @photo.jpg -H 'content-type: image/jpeg' ${url}\ncurl ${files} ${url}` : `curl -d @request.json -H 'content-type: application/json' ${url}`;
 }
 
 const answer = await fetch("openapi.json"), spec = await answer.json();
