@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -149,6 +151,14 @@ def test_an_unexpected_error_is_one_line_and_debug_shows_where(
     monkeypatch.setenv("VITRAIL_DEBUG", "1")
     assert main(["doctor"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_bug(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(run: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a library writes, without the file's name
+
+    monkeypatch.setattr("vitrail.cli.verbs.doctor", full)
+    assert "No space left on device. Make room" in fails(capsys, "doctor", code=2)
 
 
 def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,7 +30,7 @@ def write_atomically(path: Path, data: bytes, failure: type[VitrailError] = User
         raise failure(f"Cannot write {path}: {error.strerror or error}.{cure}") from error
 
 
-def write_through(path: Path, data: bytes) -> None:
+def write_through(path: Path, data: bytes | memoryview) -> None:
     """Writes a file and brings it to the disk."""
     with open(path, "wb") as file:
         file.write(data)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -326,3 +329,30 @@ def test_int8_keeps_the_answers_and_says_what_it_kept(model: Path, data: Path, t
     assert found.manifest.quantisation["int8_products"] > 0
     assert open_engine(found.artefact).precision == "int8"
     assert open_engine(model, precision="int8").precision == "int8"  # a copy lies with the model
+
+
+def test_a_full_disk_ends_an_export_in_one_line(model: Path, data: Path, tmp_path: Path) -> None:
+    """torch's own writer of archives ends the whole process there."""
+
+    def little() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    command = [
+        sys.executable,
+        "-m",
+        "vitrail",
+        "export",
+        str(model),
+        "--format",
+        "torch",
+        "--data",
+        str(data),
+    ]
+    ended = subprocess.run(
+        [*command, "--output", str(tmp_path / "out" / "model.pt2")],
+        capture_output=True,
+        text=True,
+        preexec_fn=little,
+    )
+    assert ended.returncode == 2 and "Make room" in ended.stderr.splitlines()[-1]
+    assert not any((tmp_path / "out").iterdir())

@@ -7,6 +7,7 @@ Results go to stdout, progress and messages to stderr. Exit codes: 0 success, 1 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -32,6 +33,9 @@ class Command(NamedTuple):
 
 
 FILE_ERRORS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of the errors that say: the disk, a quota or the largest size of a file is reached."""
 
 COMMANDS = (
     Command("train", "TrainRun", ("data",), "train a model on a folder, archive or table of images"),
@@ -123,6 +127,9 @@ def last_words(error: BaseException) -> tuple[str, int]:
         words, code = str(error), error.exit_code
     elif isinstance(error, FILE_ERRORS):
         words, code = f"{error.filename or ''}: {error.strerror or error}.", 2
+    elif isinstance(error, OSError) and error.errno in FULL:  # writers often do not say which file it was
+        where = f"{error.filename}: " if error.filename else ""
+        words, code = f"{where}{error.strerror}. Make room, then give the same command again.", 2
     else:
         about = f"unexpected {type(error).__name__}: {error}"
         words, code = f"{about} (VITRAIL_DEBUG=1 shows where; a bug report is welcome).", 1

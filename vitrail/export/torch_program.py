@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from pathlib import Path
 
 import torch
 
+from vitrail.disk import write_through
 from vitrail.errors import WeightsError
 from vitrail.export.manifest import KEY, Manifest
 from vitrail.export.onnx import quiet
@@ -17,8 +19,10 @@ EXTRA = f"{KEY}.json"
 
 def write_program(program: Program, path: Path, manifest: Manifest) -> None:
     """Write a program, with its manifest inside."""
+    archive = io.BytesIO()  # torch ends the whole process where a disk is full
     with quiet():
-        torch.export.save(program.exported, path, extra_files={EXTRA: manifest.to_text()})
+        torch.export.save(program.exported, archive, extra_files={EXTRA: manifest.to_text()})
+    write_through(path, archive.getbuffer())
 
 
 def read_manifest(path: Path) -> Manifest:
