@@ -57,6 +57,15 @@ def test_it_may_be_called_under_inference_mode(folder: Path, photo: Path) -> Non
         assert vitrail.explain(network, photo, method="gradcam").heat.values.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_kind_are_told_before_torch_stumbles(dtype: torch.dtype, photo: Path) -> None:
+    network = tiny("vit").to(dtype)
+    with pytest.raises(ConfigError, match=f"weights are {str(dtype)[6:]}, .* call .float"):
+        vitrail.explain(network, photo)
+    assert next(network.parameters()).dtype == dtype
+    assert vitrail.explain(network.float(), photo).method == "relevance"
+
+
 def test_a_class_may_be_any_whole_number_and_a_name_must_be_of_one_class(folder: Path, photo: Path) -> None:
     explainer = Explainer(folder)
     for number in (2, np.int64(2), torch.tensor(2), "2", "cat"):

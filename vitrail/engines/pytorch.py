@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vitrail.data.transforms import normalise
+from vitrail.errors import ConfigError
 from vitrail.models.registry import from_pretrained
 from vitrail.runtime import Runtime, choose_device, choose_precision
 from vitrail.weights.card import Card
@@ -39,6 +40,7 @@ class TorchEngine:
         place = choose_device(device)
         self.runtime = Runtime(device=place, precision=choose_precision(precision, place))
         network: Any = model if isinstance(model, nn.Module) else from_pretrained(model)
+        _check_dtypes(network, self.runtime.precision)
         self.network: Any = network.to(place)
         self.card: Card = network.card
         self.classes = int(network.num_classes)
@@ -80,6 +82,17 @@ class TorchEngine:
             logger.warning("engine compiled cannot be used (%s); torch does the work", reason)
             self.compiled, self.name = self.network, "torch"
             return self.network(batch)
+
+
+def _check_dtypes(network: nn.Module, precision: str) -> None:
+    """Raise ConfigError for a network whose weights the precision cannot compute with."""
+    legal = {torch.float32, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)}
+    others = {weight.dtype for weight in network.parameters() if weight.is_floating_point()} - legal
+    if others:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        raise ConfigError(
+            f"The network's weights are {names}, and {precision} is computed from float32: call .float() on it first."
+        )
 
 
 def fill(batch: Tensor) -> Tensor:
