@@ -13,6 +13,7 @@ import vitrail
 from tests.explain.families import pictures, tiny
 from vitrail.explain import anatomy_figures
 from vitrail.explain.anatomy import Anatomy, Head, Norms, anatomy
+from vitrail.nn.gates import SqueezeExcite
 
 
 @pytest.fixture
@@ -112,6 +113,24 @@ def test_tokens_over_a_residual_backbone_look_as_far_in_pixels_as_cells_lie_apar
     places = torch.stack([rows, columns], dim=2)[8::16, 8::16].flatten(0, 1)  # cells at stride 16
     evenly = float(torch.cdist(places, places).mean())
     assert all(head.distance == pytest.approx(evenly, rel=0.05) for head in found.heads)  # weights are random
+
+
+def test_gates_are_told_by_their_factors() -> None:
+    """Channels come to a gate with either sign, so what goes out by what comes in is no way to them."""
+    network = tiny("senet")
+    images = pictures(network, count=3)
+    found = anatomy(network, [images])
+    kept: list[torch.Tensor] = []
+    gates = [module for module in network.modules() if isinstance(module, SqueezeExcite)]
+    for gate in gates:
+        gate.fc2.register_forward_hook(lambda module, given, out: kept.append(out.double().sigmoid()))
+    with torch.no_grad():
+        network(images)
+    assert len(found.gates) == len(gates) == len(kept)
+    for (mean, spread, change), factors in zip(found.gates.values(), kept, strict=True):
+        assert mean == pytest.approx(float(factors.mean()), rel=1e-5)
+        assert spread == pytest.approx(float(factors.mean(dim=0).std()), rel=1e-4)
+        assert change == pytest.approx(float(factors.std(dim=0).mean()), rel=1e-3, abs=1e-6)
 
 
 def test_class_attention_has_no_distance_and_says_none() -> None:

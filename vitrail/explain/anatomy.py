@@ -249,11 +249,10 @@ class _Habits:
     def add(self, network: nn.Module, images: Tensor) -> None:
         gates, blocks = gates_of(network), blocks_of(network)
 
-        def heard(name: str, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        def heard(name: str, module: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
             if name in gates:
-                means, gated = (map.float().mean(dim=(2, 3)) for map in (arguments[0], output))
                 self.factors.setdefault(_named(network, name), []).append(
-                    (gated / means.clamp_min(1e-9)).cpu()
+                    module.factors(*arguments).float().cpu()
                 )
             else:
                 patches = output[:, output.shape[1] - arguments[1].size :]

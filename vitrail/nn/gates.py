@@ -26,8 +26,11 @@ class SqueezeExcite(nn.Module):
         self.fc2 = nn.Linear(hidden, channels, bias=bias)
 
     def forward(self, map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C h w"]:
-        factor = torch.sigmoid(self.fc2(F.relu(self.fc1(map.mean((2, 3))))))  # [B, C]
-        return map * factor[:, :, None, None]
+        return map * self.factors(map)[:, :, None, None]
+
+    def factors(self, map: Float[Tensor, "B C h w"]) -> Float[Tensor, "B C"]:
+        """What each channel is multiplied by."""
+        return torch.sigmoid(self.fc2(F.relu(self.fc1(map.mean((2, 3))))))
 
 
 class NonLocal(nn.Module):
