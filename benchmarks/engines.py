@@ -110,7 +110,7 @@ def peers(name: str, size: tuple[int, int], modes: list[str], batch: int) -> dic
         from vitrail.jobs.bench import _transformers_twin
         from vitrail.models import registry
 
-        twin = _transformers_twin(registry.variant(name, img_size=size)).eval()
+        twin = _transformers_twin(name, registry.variant(name, img_size=size)).eval()
         for precision in precisions:
             found[f"transformers {precision}"] = calling(twin, precision)
     return found
@@ -286,7 +286,7 @@ def transformers_files(model: Any, paths: list[str], batch: int, place: Path) ->
 
     from vitrail.jobs.bench import _transformers_twin
 
-    twin: Any = _transformers_twin(model.config)
+    twin: Any = _transformers_twin(model.name, model.config)
     make: Any = ViTImageProcessor
     rows, columns = model.config.img_size
     classify: Any = pipeline(

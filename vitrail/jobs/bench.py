@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vitrail.errors import ConfigError
+from vitrail.errors import ConfigError, WeightsError
 from vitrail.jobs.bench_dense import dense_loss
 from vitrail.jobs.models import Cost, cost
-from vitrail.models import registry
+from vitrail.models import deit, registry, vit, vit_layouts
 from vitrail.models.merging import merge_tokens
 from vitrail.runs import BenchRun
 from vitrail.runtime import Precision, Runtime, choose_device, choose_precision
@@ -155,7 +155,7 @@ def peers_of(model: Any) -> list[str]:
             if has(model):
                 found.append(maker)
             else:
-                logger.info("%s has no network of the shape of %s.", maker, model.name)
+                logger.info("%s has no network that could be measured beside %s.", maker, model.name)
         except ImportError:
             logger.warning("%s is not installed; pip install 'vitrail[peers]' brings it.", maker)
     return found
@@ -168,10 +168,7 @@ def _in_timm(model: Any) -> bool:
 
 
 def _in_transformers(model: Any) -> bool:
-    import transformers
-
-    plain = model.family == "vit" and getattr(model.config, "stem", "") == "patch"
-    return plain and hasattr(transformers, "ViTForImageClassification")
+    return _transformers_config(model.name, model.config) is not None
 
 
 def build(subject: Subject) -> nn.Module:
@@ -181,33 +178,59 @@ def build(subject: Subject) -> nn.Module:
         model: nn.Module = _network(subject.model, subject.img_size)
         if subject.merge_tokens:
             model = merge_tokens(model, subject.merge_tokens)
-    elif subject.maker == "timm":
-        import timm
-
-        model = timm.create_model(_named(subject.model), img_size=subject.img_size)
     else:
-        model = _transformers_twin(registry.variant(_named(subject.model), img_size=subject.img_size))
+        with torch.device("meta"):
+            ours = _network(subject.model, subject.img_size)
+        twin = _timm_twin if subject.maker == "timm" else _transformers_twin
+        model = twin(ours.name, ours.config)
     model.to(torch.device(subject.device))
     if subject.compile:
         model.compile()
     return model
 
 
-def _transformers_twin(config: Any) -> nn.Module:
-    """transformers' ViT with the sizes of ours."""
-    from transformers import ViTConfig, ViTForImageClassification
+def _timm_twin(name: str, config: Any) -> nn.Module:
+    """timm's network of this name, with the sizes of ours."""
+    import timm
 
-    make: Any = ViTConfig  # its signature does not name the fields of its parents
-    shape = make(
-        hidden_size=config.width,
-        num_hidden_layers=config.depth,
-        num_attention_heads=config.heads,
-        intermediate_size=config.hidden,
-        image_size=config.img_size,
-        patch_size=config.patch_size,
-        num_labels=config.num_classes,
-    )
-    return ViTForImageClassification(shape)
+    try:
+        return timm.create_model(name, num_classes=config.num_classes, img_size=config.img_size)
+    except TypeError:  # networks without positions fit every size, and take none
+        return timm.create_model(name, num_classes=config.num_classes)
+
+
+def _transformers_twin(name: str, config: Any) -> nn.Module:
+    """transformers' network of the shape of ours."""
+    import transformers
+
+    shape = _transformers_config(name, config)
+    network: nn.Module = getattr(transformers, shape.architectures[0])(shape)
+    return network
+
+
+def _transformers_config(name: str, config: Any) -> Any:
+    """transformers' configuration of a classifier of ours, as a folder in its layout has it; None where it has none."""
+    from transformers import AutoConfig
+
+    module = registry.family_of(name)
+    described = [
+        one.describe for one in module.RENAMES if one.describe and one.name.startswith("transformers")
+    ]
+    if registry.task_of(module) != registry.CLASSIFICATION or not described:
+        return None
+    if hasattr(config, "entry_eps"):  # its PVT has one eps, which is as quick as two
+        config = dataclasses.replace(config, entry_eps=config.eps)
+    if module is deit and not config.distilled:  # there a DeiT of one token is a ViT
+        plain = ("img_size", "in_chans", "num_classes", "patch_size", "width", "depth", "heads", "hidden")
+        own = {field: getattr(config, field) for field in plain}
+        if config != deit.Config(**own):
+            return None
+        described, config = [vit_layouts.transformers_config], vit.Config(**own)
+    try:
+        fields = described[0](name, config) | {"num_labels": config.num_classes}
+    except WeightsError:
+        return None
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 def _network(model: str, img_size: tuple[int, int] | None) -> Any:
@@ -218,11 +241,6 @@ def _network(model: str, img_size: tuple[int, int] | None) -> Any:
             kept = registry.from_pretrained(model_folder(model))
         return registry.from_config(str(kept.name), registry.changed(kept.config, **changes))
     return registry.create_model(model, **changes)
-
-
-def _named(model: str) -> str:
-    """The name of the network in a folder, or the name itself."""
-    return str(_network(model, None).name) if on_disk(model) else model
 
 
 def _size(given: tuple[int, ...]) -> tuple[int, int] | None:
