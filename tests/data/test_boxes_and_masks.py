@@ -106,6 +106,18 @@ def test_boxes_that_cannot_be_learned_are_left_out_or_cut_and_listed(tmp_path: P
     assert "1 boxes wholly outside" in told and "1 boxes reach over the edge" in told
 
 
+@pytest.mark.parametrize("as_zip", [False, True])
+def test_boxes_whose_file_tells_no_size_are_held_against_the_picture(tmp_path: Path, as_zip: bool) -> None:
+    notes = {"a": xml(("cat", -9, 2, 40, 12), ("dog", 60, 4, 90, 20), CAT, size=None)}
+    splits = open_boxes([packed(voc(notes, {"train": ["a"]}), tmp_path, as_zip)])
+    assert splits.train is not None
+    found: Any = splits.train
+    assert found.target(0).boxes.tolist() == [[0, 2, 32, 12], [1, 2, 11, 12]]
+    assert {kind: len(lines) for kind, lines in found.listed.items()} == {
+        "outside the picture": 1, "cut at the edge": 1,
+    }  # fmt: skip
+
+
 def test_pictures_without_labels_and_without_boxes_are_told_apart(tmp_path: Path) -> None:
     tree = small_voc(c=xml())
     tree["VOC/JPEGImages/lonely.png"] = picture(9)

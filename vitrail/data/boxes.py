@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from vitrail.data.finding import some
+from vitrail.data.image import inspect
 from vitrail.data.sources import Source
 from vitrail.data.stores import Array, Store
-from vitrail.errors import DataError, suggestion
+from vitrail.errors import DataError, ImageError, suggestion
 
 EDGE = 1.0
 """Pixels by which a box may reach over the edge without being worth a word: counting from 0 or 1."""
@@ -45,7 +46,7 @@ class Annotated(NamedTuple):
     entry: int
     split: str
     size: tuple[int, int] | None
-    """Height and width as the annotation says."""
+    """Height and width as the annotation says, else by the picture's header once it is cleaned."""
     boxes: tuple[Box, ...]
 
 
@@ -175,7 +176,22 @@ def cleaned(
     found: Iterable[Annotated], stores: Sequence[Store], listed: dict[str, list[str]]
 ) -> list[Annotated]:
     """The pictures with boxes that can be trained on; what was left out or cut goes to `listed`."""
-    return [picture._replace(boxes=tuple(_sound(picture, stores, listed))) for picture in found]
+    sized = (
+        picture if picture.size else picture._replace(size=_own_size(picture, stores)) for picture in found
+    )
+    return [picture._replace(boxes=tuple(_sound(picture, stores, listed))) for picture in sized]
+
+
+def _own_size(picture: Annotated, stores: Sequence[Store]) -> tuple[int, int] | None:
+    """Height and width by the picture's header, for boxes whose file does not tell them."""
+    store = stores[picture.store]
+    if not picture.boxes:
+        return None
+    try:
+        header = inspect(store.read(picture.entry), store.names[picture.entry])
+    except ImageError:  # said when the picture is read
+        return None
+    return header.height, header.width
 
 
 def _sound(picture: Annotated, stores: Sequence[Store], listed: dict[str, list[str]]) -> Iterable[Box]:
