@@ -141,6 +141,10 @@ def test_pictures_without_labels_and_without_boxes_are_told_apart(tmp_path: Path
         (b'{"images": []}', "COCO json has the lists"),
         (coco([image(1, "1.png")], [box(1, 5, 1, 1, 5, 5)]), r"category_id 5 \(1 times\)"),
         (coco([image(1, "1.png")], [box(77, 1, 1, 1, 5, 5)]), r"image_id 77 \(1 times\)"),
+        (
+            coco([image(1, "1.png")], [box(1, "1", 1, 1, 5, 5)]),  # type: ignore[arg-type]
+            r"category_id '1' \(1 times\). It has categories 1, 2",
+        ),
         (coco([image(1, "1.png")], [{"image_id": 1, "category_id": 1}]), "no bbox"),
         (
             coco([image(1, "1.png")], [box(1, 1, 1, 1, 5)]),

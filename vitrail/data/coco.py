@@ -133,9 +133,9 @@ def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> di
     for item in table["annotations"]:
         try:
             if item["category_id"] not in names:
-                strange[f"category_id {item['category_id']}"] += 1
+                strange[f"category_id {item['category_id']!r}"] += 1
             elif item["image_id"] not in boxes:
-                strange[f"image_id {item['image_id']}"] += 1
+                strange[f"image_id {item['image_id']!r}"] += 1
             elif item.get("bbox"):
                 left, top, wide, tall = _edges(item["bbox"])
                 area = item.get("area")
@@ -153,7 +153,7 @@ def _boxes(table: Mapping[str, Any], names: Mapping[Any, str], where: str) -> di
             raise DataError(f"{where}: {told} is not whole: {error}.") from None
     if strange:
         told = some(f"{name} ({count} times)" for name, count in strange.items())
-        told_names = f"categories {some(names)}" if names else "no categories"
+        told_names = f"categories {some(map(repr, names))}" if names else "no categories"
         raise DataError(
             f"{where}: annotations that fit nothing: {told}. It has {told_names} and"
             f" {len(boxes)} images; fix the file, or its boxes would be lost in silence."
