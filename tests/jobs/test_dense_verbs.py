@@ -456,7 +456,8 @@ def test_data_check_finds_what_was_planted_among_boxes(tmp_path: Path) -> None:
     report = data_check(DataCheckRun(data=(packed(tree, tmp_path),), output=str(tmp_path / "out"), workers=1))
     assert report.counted == "boxes" and report.classes["blue"] == {"train": 5, "val": 2}
     assert report.listed["without area"] == ["VOC/JPEGImages/1.png: blue (5, 5, 5, 9)"]
-    assert "its annotation 48×52" in report.unreadable[0]["reason"]
+    reason = report.unreadable[0]["reason"]
+    assert "its annotation 48×52" in reason and "turned" not in reason
     assert any("1 × without area" in sentence for sentence in report.problems)
     assert any("1 of 16 pictures have no box" in note for note in report.notes)
     with Image.open(tmp_path / "out" / "overlays.png") as sheet:

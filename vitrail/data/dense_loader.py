@@ -98,9 +98,11 @@ def check_size(name: str, size: tuple[int, int], target: Any) -> None:
     """Raises ImageError where boxes or a mask were made for a picture of another height and width."""
     told = tuple(target.size) if isinstance(target, PictureBoxes) else target.shape
     if any(told) and size != tuple(told):
+        turned = (
+            " (A picture that its camera turned is annotated unturned?)" if size == tuple(told)[::-1] else ""
+        )
         raise ImageError(
-            f"{name}: the picture has {size[0]}×{size[1]} pixels, its annotation {told[0]}×{told[1]}."
-            " (A picture that its camera turned is annotated unturned?)"
+            f"{name}: the picture has {size[0]}×{size[1]} pixels, its annotation {told[0]}×{told[1]}.{turned}"
         )
 
 
