@@ -225,3 +225,19 @@ def test_smaller_shares_of_the_training_pictures_lie_within_larger_ones() -> Non
         assert kept == round(0.5 * whole)
     with pytest.raises(ConfigError, match=r"got 1\.5"):
         part_of(source, 1.5)
+
+
+def test_a_share_holds_the_same_pictures_wherever_the_data_lies(tmp_path: Path) -> None:
+    from vitrail.data.sources import open_splits
+    from vitrail.jobs.training_data import part_of
+
+    prints = set()
+    for number in range(3):
+        for place in range(20):
+            picture = tmp_path / str(number) / f"{'ab'[place % 2]}/{place}.png"
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            picture.write_bytes(b"")
+        source = open_splits((str(tmp_path / str(number)),), val_share=0).train
+        assert source is not None
+        prints.add(part_of(source, 0.3).fingerprint())
+    assert len(prints) == 1

@@ -57,6 +57,12 @@ class Source:
         store, entry = self._rows[index, :2].tolist()
         return os.path.join(self.stores[store].place, self.stores[store].names[entry])
 
+    def entry_name(self, index: int) -> str:
+        """The picture's name below its folder or archive, wherever that lies."""
+        store, entry = self._rows[index, :2].tolist()
+        name: str = self.stores[store].names[entry]
+        return name
+
     def read(self, index: int) -> bytes | Array:
         """The file's bytes, or pixels (uint8 `[H, W]` or `[H, W, 3]`). Raises ImageError."""
         store, entry = self._rows[index, :2].tolist()

@@ -77,9 +77,10 @@ def open_data(run: TrainRun, say: Say) -> Data:
 
 
 def part_of(source: Source, share: float) -> Source:
-    """A share of each class: the pictures whose names have the smallest hashes, one at least.
+    """A share of each class: the pictures whose names below the data's place have the smallest hashes, one at least.
 
-    Whatever the seed, so that several runs see the same pictures. Raises ConfigError outside (0, 1].
+    Whatever the seed and wherever the data lies, so that several runs see the same pictures. Raises ConfigError
+    outside (0, 1].
     """
     if not 0.0 < share <= 1.0:
         raise ConfigError(f"train-share lies above 0 and at most at 1; got {share}.")
@@ -87,7 +88,9 @@ def part_of(source: Source, share: float) -> Source:
     for label in numpy.unique(source.labels).tolist():
         own = numpy.flatnonzero(source.labels == label).tolist()
         own.sort(
-            key=lambda index: hashlib.sha256(source.name(index).encode("utf-8", "surrogateescape")).digest()
+            key=lambda index: hashlib.sha256(
+                source.entry_name(index).encode("utf-8", "surrogateescape")
+            ).digest()
         )
         kept += own[: max(1, round(share * len(own)))]
     return source.subset(sorted(kept))
