@@ -269,6 +269,12 @@ def test_a_linear_probe_trains_the_last_layer_alone(
     before, after = from_pretrained(start).state_dict(), from_pretrained(result.model).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"head.linear.weight", "head.linear.bias"}
+    assert "nothing taught" not in notes(said)
+
+
+def test_a_frozen_backbone_without_weights_is_said_to_be_random(data: Path, tmp_path: Path) -> None:
+    _, said = go(record(data, tmp_path / "probe", freeze="backbone", epochs=1))
+    assert "features that nothing taught" in notes(said)
 
 
 def test_a_student_learns_from_a_teacher(

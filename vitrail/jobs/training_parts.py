@@ -84,6 +84,11 @@ def build_model(run: TrainRun, data: Data, say: Say) -> Any:
             say(Note(text=f"The head is kept: the same {len(data.classes)} classes.", kind="receipt"))
         for line in receipt.lines():
             say(Note(text=line, kind="receipt"))
+    if run.freeze == "backbone" and run.pretrained is None and run.backbone is None:
+        text = (
+            "The frozen backbone has random weights: the head learns from features that nothing taught. Name"
+        )
+        say(Note(text=f"{text} weights with --pretrained.", kind="warning"))
     model.set_grad_checkpointing(run.grad_checkpointing)
     if run.drop_path_subset and not drop_by_subset(model):
         raise ConfigError(
