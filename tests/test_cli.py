@@ -169,6 +169,17 @@ def test_an_interrupt_is_130(capsys: pytest.CaptureFixture[str], monkeypatch: py
     assert "interrupted" in fails(capsys, "doctor", code=130)
 
 
+def test_a_part_of_an_epoch_is_told_with_one_digit() -> None:
+    from vitrail.cli.training import progress_text
+    from vitrail.train.log import Progress
+
+    now = Progress(
+        step=1, steps=2, epoch=1 / 6, epochs=1 / 3, loss=1.0, accuracy=None, rate=0.1, gradient=1.0,
+        images_per_second=8.0, waiting=0.0, seconds=1.0, seconds_left=1.0, skipped=0,
+    )  # fmt: skip
+    assert progress_text(now).startswith("epoch 0.2/0.3  ")
+
+
 def test_a_reader_that_goes_away_is_no_traceback() -> None:
     command = f"{sys.executable} -m vitrail models | head -n 1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)

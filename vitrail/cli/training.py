@@ -85,7 +85,7 @@ DENSE = {"ap": "AP", "ap50": "AP50", "miou": "mIoU", "pixel_acc": "pixels"}
 
 def progress_text(now: Progress) -> str:
     """The numbers of one moment: epoch, loss, accuracy, speed, time left, and where the time goes."""
-    parts = [f"epoch {now.epoch:.1f}/{now.epochs:g}", f"loss {now.loss:.4f}"]
+    parts = [f"epoch {now.epoch:.1f}/{round(now.epochs, 1):g}", f"loss {now.loss:.4f}"]
     if now.accuracy is not None:
         parts.append(f"train acc {100 * now.accuracy:.1f} %")
     parts.append(f"{now.images_per_second:,.0f} images/s")
