@@ -18,7 +18,7 @@ import torch
 
 from tests.train.killed import pictures
 from vitrail import config
-from vitrail.errors import ConfigError, TrainingError
+from vitrail.errors import ConfigError, DataError, TrainingError
 from vitrail.jobs.evaluate import evaluate
 from vitrail.jobs.train import TrainResult, train
 from vitrail.models.registry import from_pretrained
@@ -134,6 +134,13 @@ def test_evaluate_scores_what_training_held_back(flat: Path, tmp_path: Path) -> 
     copy = shutil.copytree(flat, tmp_path / "elsewhere")
     found = evaluate(config.replace(ask, data=(str(copy),)))
     assert found.split == "all" and found.scores["images"] == 48 and "flatters" in found.notes[-1]
+
+
+def test_a_table_whose_pictures_are_elsewhere_is_told_by_the_first_of_them(tmp_path: Path) -> None:
+    table = tmp_path / "table.csv"
+    table.write_text("image_path,label\nhere/1.png,cat\nhere/2.png,dog\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"Not one of 2 training pictures .*here/1.png: no such file"):
+        go(record(table, tmp_path / "run"))
 
 
 def test_test_pictures_that_cannot_be_read_cost_their_rows_and_no_model(data: Path, tmp_path: Path) -> None:

@@ -107,14 +107,18 @@ def decode_once(data: Data, say: Say) -> Data:
 
 def typical_side(source: Source, looks: int = 24) -> int:
     """The middle short side of a few pictures spread over a source, in pixels."""
-    sides = []
+    sides: list[int] = []
+    reasons: list[str] = []
     for index in numpy.linspace(0, len(source) - 1, min(looks, len(source))).astype(int).tolist():
         try:
             sides.append(min(decode(source.read(index), name=source.name(index)).shape[1:]))
-        except DataError:
-            continue
+        except DataError as error:
+            reasons.append(str(error))
     if not sides:
-        raise DataError(f"Not one of {looks} training pictures can be read; look with vitrail data check.")
+        raise DataError(
+            f"Not one of {len(reasons)} training pictures that were tried can be read; the first: {reasons[0]}"
+            " vitrail data check lists them all."
+        )
     return sorted(sides)[len(sides) // 2]
 
 
