@@ -234,4 +234,4 @@ def test_a_spoiled_segmenter_is_not_written(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(wrap, "told", spoiled)
     with untyped(), pytest.raises(ProofError, match="pixels are the same"):
         export(ExportRun(model=str(tmp_path / "model"), output=str(tmp_path / "m.onnx")))
-    assert not (tmp_path / "m.onnx").exists() and (tmp_path / "m.onnx.proof.json").exists()
+    assert not (tmp_path / "m.onnx").exists() and (tmp_path / "m.onnx.refused.json").exists()

@@ -112,7 +112,7 @@ def test_an_engine_or_precision_that_the_file_does_not_have_is_refused(onnx: Exp
         open_engine(onnx.artefact, precision="int8")
 
 
-def test_a_spoiled_export_is_refused_and_leaves_only_its_proof(
+def test_a_spoiled_export_is_refused_and_leaves_only_its_numbers(
     model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # what happens elsewhere when somebody forgets the model's own mean
@@ -120,9 +120,45 @@ def test_a_spoiled_export_is_refused_and_leaves_only_its_proof(
     with pytest.raises(ProofError, match="logits differ") as caught:
         exported(model, data, "torch", tmp_path / "spoiled.pt2")
     assert caught.value.exit_code == 3
-    assert [path.name for path in tmp_path.iterdir()] == ["spoiled.pt2.proof.json"]
-    kept = json.loads((tmp_path / "spoiled.pt2.proof.json").read_text())
+    assert [path.name for path in tmp_path.iterdir()] == ["spoiled.pt2.refused.json"]
+    kept = json.loads((tmp_path / "spoiled.pt2.refused.json").read_text())
     assert kept["passed"] is False and kept["failures"]
+
+
+def test_a_refused_export_leaves_the_one_before_and_its_proof(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "colours.pt2"
+    before = exported(model, data, "torch", target).proof_file.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(wrap, "constants", lambda preprocessing: ([1 / 127.5] * 3, [-1.0] * 3))
+        with pytest.raises(ProofError, match=r"colours\.pt2\.refused\.json"):
+            exported(model, data, "torch", target)
+    assert (tmp_path / "colours.pt2.proof.json").read_text() == before
+    assert open_engine(target).card.labels == LABELS
+    exported(model, data, "torch", target)
+    assert not (tmp_path / "colours.pt2.refused.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
+def test_a_file_that_changed_after_its_proof_is_refused(
+    model: Path, data: Path, tmp_path: Path, kind: str
+) -> None:
+    pytest.importorskip("onnxruntime")
+    if kind == "openvino":
+        pytest.importorskip("openvino")
+    target = tmp_path / {"onnx": "m.onnx", "openvino": "m", "torch": "m.pt2"}[kind]
+    found = exported(model, data, kind, target)
+    assert open_engine(target).card.labels == LABELS
+    weights = target / "model.bin" if kind == "openvino" else target
+    raw = bytearray(weights.read_bytes())
+    raw[len(raw) // 2] ^= 0x40  # one bit of one weight
+    weights.write_bytes(raw)
+    with pytest.raises(WeightsError, match=r"proof\.json is about .* damaged or replaced"):
+        open_engine(target)
+    found.proof_file.write_text("{")
+    with pytest.raises(WeightsError, match="cannot be read"):
+        open_engine(target)
 
 
 @pytest.mark.slow

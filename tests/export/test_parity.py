@@ -18,7 +18,8 @@ from vitrail.data.sample import photographs
 from vitrail.data.transforms import Preprocess
 from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import DataError
-from vitrail.export.parity import BOUNDS, Bounds, Proof, compared, prove, write_proof
+from vitrail.export.parity import BOUNDS, Bounds, Proof, compared, prove
+from vitrail.export.proof_file import write_proof
 
 
 @pytest.fixture(scope="module")

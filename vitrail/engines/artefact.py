@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitrail.errors import ConfigError
+from vitrail.export.proof_file import check_unchanged
 
 if TYPE_CHECKING:
     from vitrail.engines import Engine
@@ -42,7 +43,7 @@ def open_artefact(path: str | Path, engine: str = "auto", precision: str = "auto
 
     Raises:
         ConfigError: an engine that does not open this format, or a precision that the file does not hold.
-        WeightsError: a file without a card, or a damaged one.
+        WeightsError: a file without a card, a damaged one, or one that is not what the proof beside it is about.
     """
     kind = format_of(path)
     assert kind is not None
@@ -50,6 +51,7 @@ def open_artefact(path: str | Path, engine: str = "auto", precision: str = "auto
     if engine not in ("auto", *homes):
         raise ConfigError(f"{path} is opened by {' or '.join(homes)}; got engine {engine!r}.")
     chosen = homes[0] if engine == "auto" else engine
+    check_unchanged(Path(path).parent if Path(path).suffix == ".xml" else Path(path))
     place = Path(path) / "1" / "model.onnx" if kind == "triton" else Path(path)
     opened = _open(chosen, place, precision)
     if precision not in ("auto", opened.precision):

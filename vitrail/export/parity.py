@@ -6,18 +6,15 @@ resizing without antialiasing shows as surely as a wrong weight.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from vitrail.config import finite
-from vitrail.disk import write_atomically
 from vitrail.errors import DataError
 
 Answer = Callable[[Sequence[Tensor]], Tensor]
@@ -166,12 +163,6 @@ def compared(
         pictures=pictures,
     )
     return Proof(**{**asdict(proof), "failures": tuple(_failures(proof, limits))})
-
-
-def write_proof(path: Path, proof: Any, about: dict[str, Any]) -> None:
-    """The proof as JSON beside its artefact: whole or not at all."""
-    view = {**about, **proof.to_dict()}
-    write_atomically(path, (json.dumps(view, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _clear(before: Tensor, largest: Tensor, limits: Bounds) -> Tensor:

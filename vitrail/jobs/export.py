@@ -28,9 +28,10 @@ from vitrail.engines.pytorch import TorchEngine
 from vitrail.errors import ConfigError, DataError, ImageError, ProofError, WeightsError
 from vitrail.export import onnx, openvino, quantise, torch_program, triton
 from vitrail.export.manifest import Manifest, check_names
-from vitrail.export.parity import Proof, prove, write_proof
+from vitrail.export.parity import Proof, prove
 from vitrail.export.parity_dense import DenseProof
 from vitrail.export.program import Program, capture, takes_one
+from vitrail.export.proof_file import hashes, proof_path, refusal_path, write_proof
 from vitrail.export.wrap import Deployed
 from vitrail.jobs import export_dense
 from vitrail.jobs.export_dense import DensePictures
@@ -88,11 +89,11 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     """Write the artefact and its proof.
 
     The artefact is made under another name, opened by the engine that other verbs open it with, compared with the
-    network on real pictures, and gets its own name only if it stays within the bounds. The proof is written in any
-    case.
+    network on real pictures, and gets its own name only if it stays within the bounds. The numbers are written in any
+    case: beside an artefact as its proof, with the hashes of its files, else as `NAME.refused.json`.
 
     Raises:
-        ProofError: the artefact differs beyond the bounds; nothing but the proof is left of it.
+        ProofError: the artefact differs beyond the bounds; nothing but the numbers is left of it.
         ConfigError: int8 without pictures to calibrate with, a package that is missing, or a target in whose place
             something else stands.
         WeightsError: the folder holds no model, or one with more or fewer names than classes.
@@ -136,17 +137,20 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     work.mkdir()
     try:
         built, manifest, proof = _built(run, work, program, manifest, reference, pictures, watch)
-        proof_file = proof_path(target)
         about: dict[str, Any] = {"artefact": target.name, "format": run.format, "model": run.model}
         about |= {"vitrail": vitrail.__version__, "torch": torch.__version__}
         about["quantisation"] = dict(manifest.quantisation)
-        write_proof(proof_file, proof, about)
+        refusal = refusal_path(target)
         if not proof.passed:
+            write_proof(refusal, proof, about)
             raise ProofError(
                 f"{target} was not written, because it would not answer as {run.model} does:"
-                f" {'; '.join(proof.failures)}. The numbers are in {proof_file}."
+                f" {'; '.join(proof.failures)}. The numbers are in {refusal}."
             )
         _check_target(target, run)  # again: others may have put something there meanwhile
+        proof_file = proof_path(target)
+        write_proof(proof_file, proof, {**about, "sha256": hashes(built)})
+        refusal.unlink(missing_ok=True)
         _place(built, target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -172,11 +176,6 @@ def destination(run: ExportRun) -> Path:
     folder = model_folder(run.model)
     name = folder.parent.name if folder.name == "model" else folder.name
     return Path("export") / f"{name}{'-int8' if run.int8 else ''}{ENDINGS[run.format]}"
-
-
-def proof_path(artefact: Path) -> Path:
-    """The proof beside an artefact."""
-    return artefact.with_name(f"{artefact.name}.proof.json")
 
 
 class Pictures:
