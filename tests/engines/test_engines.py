@@ -190,7 +190,7 @@ def test_an_engine_that_was_asked_for_is_held_against_torch_once(
 ) -> None:
     caplog.set_level(logging.INFO, "vitrail")
     open_engine(model, "onnxruntime")
-    assert "engine onnxruntime, fp32: as asked for; logits agree with torch to" in caplog.text
+    assert "engine onnxruntime, fp32: as chosen; logits agree with torch to" in caplog.text
     graphs = GraphCache(model)
     graphs.record({key: {**row, "failures": ["moved"]} for key, row in graphs.measurements().items()})
     assert open_engine(model, "onnxruntime").name == "torch"

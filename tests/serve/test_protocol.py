@@ -26,6 +26,8 @@ NO_REQUESTS = {
     "a negative length": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
     "two lengths": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n",
     "a broken chunk": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "two hosts": b"GET /models HTTP/1.1\r\nHost: evil.example\r\nHost: localhost\r\n\r\n",
+    "two codings": b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "a path of bytes": b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
     "a long head": b"GET / HTTP/1.1\r\nHost: localhost\r\na: " + b"b" * 100_000 + b"\r\n\r\n",
 }

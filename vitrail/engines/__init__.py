@@ -132,7 +132,7 @@ def _quick(model: str | Path, engine: str, device: str, precision: str) -> Engin
     if precision == "int8":
         return _int8(graphs)
     chosen = choose_precision(precision, place)
-    why = "as asked for"
+    why = "as chosen"
     if not asked:
         known = choose.remembered(graphs, chosen)
         if known is None or known[0] == "torch" or not graphs.usable:

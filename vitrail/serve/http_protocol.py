@@ -75,6 +75,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if size > settings.MOST_HEAD:
             self._refuse("header_too_large")
             return
+        if self._is_ambiguous():
+            self._refuse("bad_request")
+            return
         self._stop_clock()
         self.in_head = False
         self._unset_keepalive_if_required()  # a request that came with the last one's end
@@ -103,6 +106,12 @@ class GuardedProtocol(HttpToolsProtocol):
         super().on_response_complete()
         if self.last:
             self._refuse(self.last)
+
+    def _is_ambiguous(self) -> bool:
+        """Whether a proxy before us could read this head otherwise (RFC 9112, 3.2 and 6.1)."""
+        hosts = sum(name == b"host" for name, _ in self.headers)
+        codings = [value.strip().lower() for name, value in self.headers if name == b"transfer-encoding"]
+        return hosts > 1 or codings not in ([], [b"chunked"])
 
     def _turned_away(self) -> bool:
         """Answers at once a request that has no room; its body is then read over, for as long as bodies may take."""
