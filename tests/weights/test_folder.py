@@ -18,7 +18,12 @@ from vitrail.weights.card import Card
 
 STATE = {"head.weight": torch.arange(6.0).reshape(2, 3)}
 OTHER = {"head.weight": torch.ones(2, 3)}
-CARD = Card(architecture="vit_tiny_patch16_224", labels=("cat", "dog"), layout="timm", scores={"acc1": 0.75})
+CARD = Card(
+    architecture="vit_tiny_patch16_224",
+    labels=("cat", "dog"),
+    layout="timm",
+    scores={"acc1": 0.75, "images": 2949.0},
+)
 
 
 def same(read: dict[str, torch.Tensor], state: dict[str, torch.Tensor]) -> bool:
@@ -36,7 +41,7 @@ def test_a_folder_holds_four_files_and_comes_back(tmp_path: Path) -> None:
     assert same(state, STATE) and read == card
     assert folder.read_card(place) == card
     text = (place / "README.md").read_text()
-    assert "2: cat, dog" in text and "acc1 0.7500" in text and card.sha256 in text
+    assert "2: cat, dog" in text and "acc1 0.7500, images 2,949" in text and card.sha256 in text
 
 
 def test_a_changed_weight_file_is_noticed(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def readme(card: Card) -> str:
         ("Data", card.data),
         ("Source", card.source),
         ("Licence", card.licence),
-        ("Scores", ", ".join(f"{name} {value:.4f}" for name, value in card.scores.items())),
+        ("Scores", ", ".join(f"{name} {_figure(value)}" for name, value in card.scores.items())),
         ("SHA-256 of model.safetensors", card.sha256),
     ]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows if value)]
@@ -229,3 +229,8 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 def _text(view: Mapping[str, Any]) -> str:
     return json.dumps(view, indent=2, ensure_ascii=False) + "\n"
+
+
+def _figure(score: float) -> str:
+    """Counts whole, shares and losses with four digits."""
+    return f"{score:,.0f}" if score > 1 and float(score).is_integer() else f"{score:.4f}"
