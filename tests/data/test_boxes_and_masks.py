@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +215,26 @@ def test_masks_are_read_with_their_folders_as_splits(tmp_path: Path, as_zip: boo
     assert found.dtype == np.uint8 and found.shape == (24, 32)
     assert [found[0, 0], found[0, -1], found[-1, 0], found[-1, -1]] == [0, 1, 2, 255]
     assert train.counts()["sky"] == 192 + 384
+
+
+def narrow_mask(depth: int) -> bytes:
+    """A grey PNG of so many bits a pixel, 24 rows of 32: columns of 0 and the largest value, in turns."""
+    pixels = "".join(f"{(column % 2) * (2**depth - 1):0{depth}b}" for column in range(32))
+    row = b"\0" + int(pixels, 2).to_bytes(32 * depth // 8, "big")
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = struct.pack(">IIBBBBB", 32, 24, depth, 0, 0, 0, 0)
+    parts = (chunk(b"IHDR", head), chunk(b"IDAT", zlib.compress(row * 24)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_masks_of_few_bits_keep_their_numbers(tmp_path: Path, depth: int) -> None:
+    path, names = packed(masks(train_a=narrow_mask(depth)), tmp_path), tuple("abcdefghijklmnop"[: 2**depth])
+    source: Any = open_masks([path], classes=names, val_share=0.0).everything
+    assert np.unique(source.target(0)).tolist() == [0, 2**depth - 1]  # Pillow stretches them to 255
 
 
 def test_values_of_masks_are_classes_ignored_or_an_error(tmp_path: Path) -> None:

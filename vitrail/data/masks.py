@@ -179,6 +179,8 @@ def read_mask(store: Store, entry: int) -> Array:
                     " palette). Turn each colour into its class number first."
                 )
             values = np.asarray(picture)
+            if picture.mode == "L":
+                values = values // _stretch(data)
     except UnidentifiedImageError:  # whose text is an address in memory
         raise ImageError(f"{name}: not a readable mask (no picture in any known format).") from None
     except (OSError, SyntaxError, ValueError) as error:
@@ -189,6 +191,12 @@ def read_mask(store: Store, entry: int) -> Array:
             raise ImageError(f"{name}: a mask with the value {largest}; class numbers end at 254.")
         values = values.astype(np.uint8)
     return values
+
+
+def _stretch(data: bytes) -> int:
+    """By what Pillow multiplies the grey values of a PNG of 2 or 4 bits, so that the largest becomes 255; else 1."""
+    depth = data[24]  # in the header that every PNG begins with
+    return 255 // (2**depth - 1) if depth < 8 else 1
 
 
 def look_through(stores: Sequence[Store], pairs: Sequence[Pair]) -> tuple[Array, Array, list[str]]:
