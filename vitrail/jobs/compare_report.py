@@ -201,7 +201,7 @@ def _draw_efficiency(cells: list[Cell]) -> bytes:
 
 
 def _draw_costs(prices: list[Price]) -> bytes:
-    figure, axes = _figure(columns=3, width=13.0, height=4.0)
+    figure, axes = _figure(columns=3, width=13.0, height=4.6)
     scale = {"multiply_adds": 1e9, "seconds": 1e-3, "memory": 2**20}
     words = {"multiply_adds": "GFLOPs", "seconds": "milliseconds", "memory": "MiB"}
     names = list(dict.fromkeys(price.model for price in prices))
@@ -221,7 +221,9 @@ def _draw_costs(prices: list[Price]) -> bytes:
         axis.set_xlabel("picture side, pixels")
         axis.set_title(f"{QUANTITIES[quantity]}, {words[quantity]}", fontsize=10)
         _finish_axis(axis)
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(
+            fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.15)
+        )  # off the lines
     return _png(figure)
 
 
