@@ -140,6 +140,19 @@ def test_a_refused_export_leaves_the_one_before_and_its_proof(
     assert not (tmp_path / "colours.pt2.refused.json").exists()
 
 
+def test_an_openvino_folder_is_opened_from_within(
+    model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    exported(model, data, "openvino", tmp_path / "m")
+    monkeypatch.chdir(tmp_path / "m")
+    for name in (".", "model.xml"):  # neither has a name to look for a proof by
+        assert open_engine(name).card.labels == LABELS
+    (tmp_path / "m" / "model.bin").unlink()
+    with pytest.raises(WeightsError, match=r"its weights .* lost since"):
+        open_engine(".")
+
+
 @pytest.mark.parametrize("kind", ["onnx", "openvino", "torch"])
 def test_a_file_that_changed_after_its_proof_is_refused(
     model: Path, data: Path, tmp_path: Path, kind: str
@@ -154,7 +167,7 @@ def test_a_file_that_changed_after_its_proof_is_refused(
     raw = bytearray(weights.read_bytes())
     raw[len(raw) // 2] ^= 0x40  # one bit of one weight
     weights.write_bytes(raw)
-    with pytest.raises(WeightsError, match=r"proof\.json is about .* damaged or replaced"):
+    with pytest.raises(WeightsError, match=r"proof\.json is about .* damaged, replaced or lost"):
         open_engine(target)
     found.proof_file.write_text("{")
     with pytest.raises(WeightsError, match="cannot be read"):

@@ -51,7 +51,7 @@ def open_artefact(path: str | Path, engine: str = "auto", precision: str = "auto
     if engine not in ("auto", *homes):
         raise ConfigError(f"{path} is opened by {' or '.join(homes)}; got engine {engine!r}.")
     chosen = homes[0] if engine == "auto" else engine
-    check_unchanged(Path(path).parent if Path(path).suffix == ".xml" else Path(path))
+    check_unchanged(Path(path).parent if Path(path).suffix.lower() == ".xml" else Path(path))
     place = Path(path) / "1" / "model.onnx" if kind == "triton" else Path(path)
     opened = _open(chosen, place, precision)
     if precision not in ("auto", opened.precision):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ from vitrail.weights.files import sha256
 
 def proof_path(artefact: Path) -> Path:
     """The proof beside an artefact."""
-    return artefact.with_name(f"{artefact.name}.proof.json")
+    return _beside(artefact, "proof")
 
 
 def refusal_path(artefact: Path) -> Path:
     """The numbers of an artefact that was not written; the one that stands in its place keeps its proof."""
-    return artefact.with_name(f"{artefact.name}.refused.json")
+    return _beside(artefact, "refused")
 
 
 def write_proof(path: Path, proof: Any, about: dict[str, Any]) -> None:
@@ -47,13 +48,20 @@ def check_unchanged(artefact: Path) -> None:
     proven = view.get("sha256") if isinstance(view, dict) else None
     if not isinstance(proven, dict):
         return
-    for part, digest in hashes(artefact).items():
-        if part in proven and proven[part] != digest:
+    for part, path in _parts(artefact).items():
+        now = sha256(path) if path.is_file() else "none"
+        if proven.get(part, now) != now:
             raise WeightsError(
-                f"{artefact}: its {part} is not the file that {proof.name} is about (sha256 {digest[:12]}…, proven"
-                f" {str(proven[part])[:12]}…): it was damaged or replaced since. Export again; to open it unproved,"
-                " remove the proof."
+                f"{artefact}: its {part} is not the file that {proof.name} is about (sha256 now {now[:12]}, proven"
+                f" {str(proven[part])[:12]}): it was damaged, replaced or lost since. Export again; to open it"
+                " unproved, remove the proof."
             )
+
+
+def _beside(artefact: Path, what: str) -> Path:
+    # a folder may be called `.` or `..`, which is no name to put something behind
+    place = artefact if artefact.name not in ("", "..") else Path(os.path.abspath(artefact))
+    return place.with_name(f"{place.name}.{what}.json")
 
 
 def _parts(artefact: Path) -> dict[str, Path]:

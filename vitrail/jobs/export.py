@@ -111,20 +111,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     else:
         export_dense.check(run, reference.card.task)
         pictures = DensePictures(run, reference)
-    deployed = Deployed(reference.network)
-    program = capture(deployed, free_size=run.free_size)
-    if run.format == "torch" and program.free_size and not takes_one(program):
-        logger.info("with a free size the program would refuse a single picture: the size is fixed")
-        program = capture(deployed, free_size=False)
-    manifest = Manifest(
-        card=reference.card,
-        free_size=program.free_size,
-        rows=program.rows,
-        columns=program.columns,
-        outputs=program.outputs,
-        normalised_inside="folded" if deployed.folded else "computed",
-        source_sha256=reference.card.sha256,
-    )
+    program, manifest = _captured(run, reference)
     notes = (
         []
         if program.free_size or not run.free_size
@@ -137,21 +124,7 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
     work.mkdir()
     try:
         built, manifest, proof = _built(run, work, program, manifest, reference, pictures, watch)
-        about: dict[str, Any] = {"artefact": target.name, "format": run.format, "model": run.model}
-        about |= {"vitrail": vitrail.__version__, "torch": torch.__version__}
-        about["quantisation"] = dict(manifest.quantisation)
-        refusal = refusal_path(target)
-        if not proof.passed:
-            write_proof(refusal, proof, about)
-            raise ProofError(
-                f"{target} was not written, because it would not answer as {run.model} does:"
-                f" {'; '.join(proof.failures)}. The numbers are in {refusal}."
-            )
-        _check_target(target, run)  # again: others may have put something there meanwhile
-        proof_file = proof_path(target)
-        write_proof(proof_file, proof, {**about, "sha256": hashes(built)})
-        refusal.unlink(missing_ok=True)
-        _place(built, target)
+        proof_file = _publish(run, built, target, manifest, proof)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     if manifest.precision == "int8" and run.format == "openvino":
@@ -167,6 +140,51 @@ def export(run: ExportRun, watch: Callable[[int, int], None] | None = None) -> E
         seconds=time.monotonic() - started,
         notes=(*notes, *pictures.notes),
     )
+
+
+def _captured(run: ExportRun, reference: TorchEngine) -> tuple[Program, Manifest]:
+    """The network as a program, normalising inside, and what its file will say of itself."""
+    deployed = Deployed(reference.network)
+    program = capture(deployed, free_size=run.free_size)
+    if run.format == "torch" and program.free_size and not takes_one(program):
+        logger.info("with a free size the program would refuse a single picture: the size is fixed")
+        program = capture(deployed, free_size=False)
+    return program, Manifest(
+        card=reference.card,
+        free_size=program.free_size,
+        rows=program.rows,
+        columns=program.columns,
+        outputs=program.outputs,
+        normalised_inside="folded" if deployed.folded else "computed",
+        source_sha256=reference.card.sha256,
+    )
+
+
+def _publish(
+    run: ExportRun, built: Path, target: Path, manifest: Manifest, proof: Proof | DenseProof
+) -> Path:
+    """Give a proven artefact its name, and its proof a place beside it, which is returned.
+
+    Raises ProofError for one that is not proven; its numbers are written, and what stood there before stays.
+    """
+    about: dict[str, Any] = {"artefact": target.name, "format": run.format, "model": run.model}
+    about |= {"vitrail": vitrail.__version__, "torch": torch.__version__}
+    about["quantisation"] = dict(manifest.quantisation)
+    refusal, proof_file = refusal_path(target), proof_path(target)
+    if not proof.passed:
+        write_proof(refusal, proof, about)
+        raise ProofError(
+            f"{target} was not written, because it would not answer as {run.model} does:"
+            f" {'; '.join(proof.failures)}. The numbers are in {refusal}."
+        )
+    _check_target(target, run)  # again: others may have put something there meanwhile
+    # Both wait whole for their names, so that a full disk cannot leave one beside the other's predecessor.
+    ready = built.with_name("proof.json")
+    write_proof(ready, proof, {**about, "sha256": hashes(built)})
+    _place(built, target)
+    os.replace(ready, proof_file)
+    refusal.unlink(missing_ok=True)
+    return proof_file
 
 
 def destination(run: ExportRun) -> Path:
